@@ -1,0 +1,151 @@
+"""CUDA if there is one, else CPU with gloo. Import this module before torchtitan.
+
+It is the one module that works at import: TorchTitan 0.2.2 decides on its device while being
+imported and falls back to "cuda" when there is none, and it imports triton, which a CPU build of torch
+does not bring, for kernels that microtron does not use. Both are settled here, and nothing else.
+"""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import resource
+import sys
+import time
+import types
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class CpuDevice:
+    """What TorchTitan asks of a device module, answered for the CPU."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch.cpu, name)
+
+    @staticmethod
+    def device_count() -> int:
+        """Ranks share one CPU."""
+        return 1
+
+    @staticmethod
+    def set_device(device: object) -> None:
+        """There is only one."""
+
+    @staticmethod
+    def current_device() -> int:
+        """There is only one."""
+        return 0
+
+    @staticmethod
+    def get_device_name(device: object = None) -> str:
+        """The processor's name."""
+        return cpu_name()
+
+    @staticmethod
+    def get_device_properties(device: object = None) -> SimpleNamespace:
+        """Its memory, in bytes."""
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return SimpleNamespace(total_memory=pages * size)
+
+    @staticmethod
+    def memory_stats(device: object = None) -> dict[str, int]:
+        """The process's peak resident set stands for active and reserved memory."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
+    @staticmethod
+    def reset_peak_memory_stats() -> None:
+        """The system keeps one peak a process."""
+
+    @staticmethod
+    def empty_cache() -> None:
+        """There is none."""
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _seen_as_accelerator() -> Iterator[None]:
+    """While TorchTitan is imported, the CPU is the device."""
+    find = torch._utils._get_device_module
+    with (
+        mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
+        mock.patch("torch._utils._get_device_module",
+                   lambda kind: CpuDevice() if kind == "cpu" else find(kind)),
+    ):
+        yield
+
+
+def _settle() -> None:
+    kernels = "torchtitan.models.moe.kernels"
+    if importlib.util.find_spec("triton") is None and kernels not in sys.modules:
+        stand_in = types.ModuleType(kernels, "TorchTitan's triton kernels; not used here.")
+        stand_in.generate_permute_indices = None
+        sys.modules[kernels] = stand_in
+    if DEVICE_TYPE == "cpu":
+        with _seen_as_accelerator():
+            import torchtitan.tools.utils as titan_utils
+        titan_utils.get_peak_flops = lambda name: measured_peak_flops()
+
+
+def measured_peak_flops(size: int = 768, seconds: float = 0.15) -> float:
+    """FLOP/s of an fp32 matrix product with the threads in use: the CPU's ceiling for MFU."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def pick_threads(ranks_here: int = 1) -> str:
+    """Sets torch's CPU threads to the fastest count of a short probe; returns what it did, in words.
+
+    OMP_NUM_THREADS wins where it is set. On small virtual machines two OpenMP threads can be ten
+    times slower than one (their spin-waits fight for the core); on real ones many are better.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"{torch.get_num_threads()} CPU threads (OMP_NUM_THREADS)"
+    available = max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= available]
+    seconds = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        seconds[count] = _probe()
+        if seconds[count] > 2 * min(seconds.values()):
+            break
+    # More threads must pay clearly: the second one competes with the data thread and other users.
+    best = min(n for n in seconds if seconds[n] < 1.2 * min(seconds.values()))
+    torch.set_num_threads(best)
+    table = ", ".join(f"{n}: {1e3 * s:.0f} ms" for n, s in seconds.items())
+    return f"{best} CPU thread{'s' if best > 1 else ''} (probe {table}; OMP_NUM_THREADS overrides)"
+
+
+def _probe() -> float:
+    """Seconds for the kind of work a small model does: many middling operations, best of 3."""
+    x, w = torch.randn(2048, 128), torch.randn(128, 384)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(8):
+            torch.sigmoid(x @ w).sum(-1)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+_settle()

@@ -1,0 +1,204 @@
+"""Byte-pair tokenizers: tiktoken's encodings and the tokenizer.json of the `tokenizers` library.
+
+`tokenizers.py` has the interface and ``load_tokenizer``; this is imported when a spec names one of
+these. Both libraries read and write the same vocabularies (see `train_bpe.py`); tiktoken's files
+are a list of ranks and, here, a small JSON with the pattern that cuts text into words.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from microtron.data.optional import import_package
+from microtron.data.tokenizers import EOT, Tokenizer, write_file
+from microtron.errors import UserError
+
+EOT_CANDIDATES = (EOT, "</s>", "<|end_of_text|>")
+RANKS_FILE, ENCODING_FILE = "ranks.tiktoken", "encoding.json"
+_LONG_CHARS = 100_000  # tiktoken's regular expressions give up on runs of some hundred thousand
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-pair encoding by ranks; wraps a ``tiktoken.Encoding``."""
+
+    def __init__(self, encoding: Any) -> None:  # noqa: ANN401
+        self.name = encoding.name
+        self._encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eot_id = encoding.eot_token
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """A text with a run of blanks too long for the regular expression is cut into pieces of
+        100,000 characters first: exact to decode, other ids at the cuts only."""
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            starts = range(0, len(text), _LONG_CHARS)
+            cut = [text[i : i + _LONG_CHARS] for i in starts]
+            ids = np.concatenate(
+                [self._encoding.encode_to_numpy(t, disallowed_special=()) for t in cut]
+            )
+        return ids.astype(self.dtype, copy=False)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
+        for piece, rank in self._encoding._mergeable_ranks.items():
+            pieces[rank] = piece
+        return pieces
+
+    @cached_property
+    def fingerprint(self) -> str:
+        # not the pattern: tiktoken spells gpt2's differently from version to version
+        named = f"tiktoken {self.name} {self.vocab_size} {self.eot_id}\n".encode()
+        ranks = _ranks_text(self._encoding._mergeable_ranks)
+        return hashlib.sha256(named + ranks).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        save_encoding(self._encoding, folder)
+
+
+def _definition(encoding: Any) -> bytes:  # noqa: ANN401
+    fields = {"name": encoding.name, "pat_str": encoding._pat_str,
+              "special_tokens": encoding._special_tokens}
+    return json.dumps(fields, sort_keys=True, indent=1).encode()
+
+
+def _ranks_text(ranks: dict[bytes, int]) -> bytes:
+    rows = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in rows)
+
+
+def save_encoding(encoding: Any, folder: str | Path) -> None:  # noqa: ANN401
+    """Writes a ``tiktoken.Encoding``: ranks in tiktoken's own format, and name, pattern, specials
+    as JSON beside them (the ranks alone do not say how text is cut)."""
+    write_file(folder, RANKS_FILE, _ranks_text(encoding._mergeable_ranks))
+    write_file(folder, ENCODING_FILE, _definition(encoding))
+
+
+def load_encoding(folder: str | Path) -> Any:  # noqa: ANN401
+    """The ``tiktoken.Encoding`` that ``save_encoding`` wrote.
+
+    Parsed here: ``tiktoken.load.load_tiktoken_bpe`` caches by path and would return stale ranks.
+    Raises: UserError for missing or broken files.
+    """
+    tiktoken = import_package("tiktoken")
+    folder = Path(folder)
+    try:
+        fields = json.loads((folder / ENCODING_FILE).read_bytes())
+        rows = (line.split() for line in (folder / RANKS_FILE).read_bytes().splitlines())
+        ranks = {base64.b64decode(piece): int(rank) for piece, rank in rows}
+        return tiktoken.Encoding(mergeable_ranks=ranks, **fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"tokenizer files in {folder} cannot be read ({error}); prepare the data again"
+        ) from error
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json run by the `tokenizers` library, its special tokens being plain text.
+
+    ``token_bytes`` is exact for byte-level BPE. For sentencepiece-like vocabularies a "▁" counts as
+    the one blank it stands for, so the blank put before a text's first word counts too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = import_package("tokenizers")
+        try:
+            self._raw = path.read_bytes()
+            self._fields = json.loads(self._raw)
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._raw.decode())
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(
+                f"tokenizer {path} cannot be read ({error}); name a tokenizer.json of the "
+                "`tokenizers` library, or a folder with one"
+            ) from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = path.parent / "tokenizer_config.json"
+        self._config = config.read_bytes() if config.is_file() else None
+        self.name = f"json:{path}"
+        self._vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values()) + 1  # ids may have gaps
+        self.eot_id = self._find_eot(path)
+
+    def _find_eot(self, path: Path) -> int:
+        named = json.loads(self._config or b"{}").get("eos_token")
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (*EOT_CANDIDATES, named):
+            if token in self._vocab:
+                return self._vocab[token]
+        raise UserError(
+            f"tokenizer {path} has none of {', '.join(EOT_CANDIDATES)} and no eos_token in a "
+            "tokenizer_config.json beside it; write one there, e.g. {\"eos_token\": \"<eos>\"}"
+        )
+
+    def encode_array(self, text: str) -> np.ndarray:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=self.dtype)
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        if self._byte_level:
+            return super().decode(ids)
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(self._fields.get("decoder"))
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
+        alphabet = byte_alphabet()
+        for token, i in self._vocab.items():
+            if self._byte_level and all(char in alphabet for char in token):
+                pieces[i] = bytes(alphabet[char] for char in token)
+            elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+                pieces[i] = bytes.fromhex(byte[1])
+            else:
+                pieces[i] = token.replace("▁", " ").encode()
+        for added in self._fields.get("added_tokens", []):
+            pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
+        pieces[self.eot_id] = b""
+        return pieces
+
+    @cached_property
+    def fingerprint(self) -> str:
+        canonical = json.dumps([self._fields, self.eot_id], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        write_file(folder, "tokenizer.json", self._raw)
+        if self._config is not None:
+            write_file(folder, "tokenizer_config.json", self._config)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte -> that byte.
+
+    GPT-2's table (github.com/openai/gpt-2, encoder.py, ``bytes_to_unicode``): printable bytes stand
+    for themselves, the others are counted up from U+0100.
+    """
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def get_encoding(name: str) -> Any:  # noqa: ANN401
+    """tiktoken's own encoding of that name. Raises: UserError without cache and network."""
+    tiktoken = import_package("tiktoken")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # no network; a broken download
+        raise UserError(
+            f"tokenizer {name}: tiktoken has no cached copy and cannot download it "
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder with its files, or run "
+            "once where there is a network"
+        ) from error

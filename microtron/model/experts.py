@@ -1,0 +1,49 @@
+"""The experts of a layer, applied to tokens that are already sorted by expert.
+
+``loop`` is the truth: one expert after the other, plain autograd, one host sync for the counts.
+``grouped_mm`` answers to it: on CUDA torch's grouped GEMM, which reads the counts on the device; on
+CPU the operator of `grouped.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from microtron.model.args import ModelArgs
+from microtron.model.grouped import grouped_linear
+from microtron.model.mlp import swiglu
+
+
+class Experts(nn.Module):
+    """E feed-forwards; weights are [E, in, out], so that ``x @ w`` needs no transposition."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        experts, dim, width = args.num_experts, args.dim, args.expert_dim
+        self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
+        self.backend = "grouped_mm" if args.experts_backend == "auto" else args.experts_backend
+        self.gate_up = nn.Parameter(torch.empty(experts, dim, 2 * width))
+        self.down = nn.Parameter(torch.empty(experts, width, dim))
+        bias = args.mlp_bias
+        self.gate_up_bias = nn.Parameter(torch.empty(experts, 2 * width)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, dim)) if bias else None
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """x [M, dim], the first counts[0] rows for expert 0 and so on; counts [E] -> [M, dim]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weights = [w if w is None else w.to(x.dtype) for w in
+                   (self.gate_up, self.gate_up_bias, self.down, self.down_bias)]
+        linear = _loop_linear if self.backend == "loop" else grouped_linear
+        hidden = swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
+        return linear(hidden, *weights[2:], counts)
+
+
+def _loop_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
+) -> torch.Tensor:
+    """``x[rows of e] @ weight[e] + bias[e]``: x [M, in], weight [E, in, out] -> [M, out]."""
+    rows = x.split(counts.tolist())
+    biases = [None] * len(rows) if bias is None else bias.unbind(0)
+    outs = [F.linear(r, w.t(), b) for r, w, b in zip(rows, weight.unbind(0), biases, strict=True)]
+    return torch.cat(outs)

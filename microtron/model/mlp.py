@@ -1,0 +1,31 @@
+"""The clamped SwiGLU of gpt-oss, and the dense feed-forward made of it."""
+
+import torch
+from torch import nn
+
+from microtron.model.args import ModelArgs
+
+
+def swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """``gate * sigmoid(alpha * gate) * (up + 1)``; gate and up interleaved on the last dimension.
+
+    gate_up: [..., 2 I] as gate0, up0, gate1, up1, ... -> [..., I]. Gate is clamped above at
+    ``limit``, up on both sides (gpt-oss ``torch/model.py``, ``swiglu``).
+    """
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+class FeedForward(nn.Module):
+    """The dense twin of one expert: x [..., dim] -> [..., dim]."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
+        self.gate_up = nn.Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
+        self.down = nn.Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., dim] -> [..., dim]."""
+        return self.down(swiglu(self.gate_up(x), self.alpha, self.limit))

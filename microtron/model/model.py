@@ -1,0 +1,94 @@
+"""The transformer: embedding, blocks, norm, head.
+
+It follows gpt-oss (arXiv:2508.10925; github.com/openai/gpt-oss, torch/model.py). Any of its ends may be
+missing (None), as a pipeline stage needs; it knows nothing of stages, meshes or optimizers.
+"""
+
+import torch
+from torch import nn
+
+from microtron.model.args import ModelArgs
+from microtron.model.attention_core import resolve_backend
+from microtron.model.block import Block
+from microtron.model.head import Head
+from microtron.model.init import init_parameters
+from microtron.model.masks import build_masks
+from microtron.model.norms import RMSNorm
+from microtron.model.rope import RotaryEmbedding
+
+
+class Transformer(nn.Module):
+    """Tokens to logits, or to the summed loss when labels are given.
+
+    Attributes that training sets, and that change nothing in inference:
+        init_seed: seed of `init_weights`.
+        step_tokens: tokens of the global batch, over which router losses are averaged; None: the
+            tokens of each forward.
+        place_parameter: see `init_parameters`.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.model_args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.rope = RotaryEmbedding(args)
+        self.layers = nn.ModuleDict({str(i): Block(i, args) for i in range(args.n_layers)})
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Head(args)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.init_seed = 0
+        self.step_tokens: int | None = None
+        self.place_parameter = None
+        self._masks: dict[tuple, dict[str, object]] = {}
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fills parameters and buffers after `to_empty`; see `init.py` for why it is layout-proof."""
+        if self.model_args.tie_embeddings and self.tok_embeddings and self.output:
+            self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of them
+        with torch.no_grad():
+            init_parameters(self, self.model_args, self.init_seed, self.place_parameter)
+            self.rope.init_weights(buffer_device)
+            for layer in self.layers.values():
+                if layer.moe_enabled:
+                    layer.moe.init_buffers()
+
+    def causal_masks(self, seq_len: int, device: torch.device) -> dict[str, object]:
+        """Masks without documents, built once for each length."""
+        backend = resolve_backend(self.model_args.attn_backend, device.type)
+        key = (backend, seq_len, device)
+        if key not in self._masks:
+            self._masks[key] = build_masks(backend, seq_len, self.model_args.window, device)
+        return self._masks[key]
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        attention_masks: dict[str, object] | None = None,
+        positions: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One pass.
+
+        Args:
+            tokens: [B, S] int64, or hidden states [B, S, dim] on a later pipeline stage.
+            attention_masks: see `build_masks`; None: one document, causal.
+            positions: [B, S] int64 for RoPE; None: 0 .. S-1.
+            labels: [B, S] int64 with -100 for "not a target"; only the last stage looks at them.
+
+        Returns:
+            logits [B, S, V]; or the summed cross-entropy (fp32 scalar) with labels; or hidden
+            states [B, S, dim] where there is no head.
+        """
+        h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        seq_len, device = h.shape[1], h.device
+        if positions is None:
+            positions = torch.arange(seq_len, device=device).unsqueeze(0)
+        masks = attention_masks or self.causal_masks(seq_len, device)
+        rope = self.rope(positions)
+        for layer in self.layers.values():
+            h, counts = layer(h, rope, masks[layer.mask_kind], self.step_tokens)
+            if counts is not None and self.training and torch.is_grad_enabled():
+                layer.moe.tokens_per_expert += counts
+        h = h if self.norm is None else self.norm(h)
+        return h if self.output is None else self.output(h, labels)

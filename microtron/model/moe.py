@@ -1,0 +1,56 @@
+"""A dropless mixture of experts: route, sort, run the experts, combine.
+
+Every token reaches all of its top-k experts, whatever the load: there is no capacity. The scores
+multiply the experts' outputs, down bias included (gpt-oss).
+"""
+
+import torch
+from torch import nn
+
+from microtron.model.args import ModelArgs
+from microtron.model.experts import Experts
+from microtron.model.router import Router
+
+
+class MoE(nn.Module):
+    """x [B, S, dim] -> the same, plus how many tokens each expert got.
+
+    Buffers: ``expert_bias`` [E] (selection bias, load_balance = bias), ``load_fractions`` [E] (shares
+    in the step before) and ``tokens_per_expert`` [E] (this step's counts so far). The first two steer
+    training and are saved; forward only reads them, so it may be recomputed or skipped freely.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.top_k = args.top_k
+        self.load_balance_coeff = args.bias_update_rate if args.load_balance == "bias" else None
+        self.router = Router(args)
+        self.experts = Experts(args)
+        experts = args.num_experts
+        biased = self.load_balance_coeff is not None
+        self.register_buffer("expert_bias", torch.empty(experts) if biased else None)
+        self.register_buffer("load_fractions", torch.empty(experts))
+        self.register_buffer("tokens_per_expert", torch.empty(experts, dtype=torch.int64),
+                             persistent=False)
+
+    def init_buffers(self) -> None:
+        """No bias, even load, nothing counted."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+        self.load_fractions.fill_(1.0 / self.load_fractions.numel())
+        self.tokens_per_expert.zero_()
+
+    def forward(
+        self, x: torch.Tensor, step_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, S, dim] -> ([B, S, dim], counts [E]). step_tokens: see Router."""
+        tokens = x.reshape(-1, x.shape[-1])  # [N, dim]
+        weights, experts, counts = self.router(
+            tokens, self.expert_bias, self.load_fractions, step_tokens)
+        order = experts.reshape(-1).argsort(stable=True)  # [N k], slots grouped by expert
+        outputs = self.experts(tokens[order // self.top_k], counts)
+        index = torch.arange(order.numel(), device=x.device)
+        slots = torch.empty_like(order).scatter(0, order, index)  # where each slot went
+        chosen = outputs[slots].view(-1, self.top_k, x.shape[-1])  # [N, k, dim]
+        mixed = (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(dim=1)
+        return mixed.view_as(x), counts

@@ -1,0 +1,71 @@
+"""Rotary positions (arXiv:2104.09864), half-split as gpt-oss has them, with YaRN (arXiv:2309.00071).
+
+YaRN as gpt-oss runs it: the ramp's bounds are not rounded (truncate=false), and cos and sin carry
+the attention factor 0.1 ln(factor) + 1 at every length. Angles are computed from the positions of
+the batch, so packed documents and context-parallel slices need nothing special.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from microtron.model.args import ModelArgs
+
+
+def inverse_frequencies(args: ModelArgs, device: torch.device | None = None) -> torch.Tensor:
+    """Radians a position for each rotated pair: fp32 [head_dim / 2].
+
+    Pairs that turn more than ``rope_beta_fast`` times over the original context keep their
+    frequency, those below ``rope_beta_slow`` are divided by ``rope_factor``, a linear ramp joins them.
+    """
+    half = args.head_dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=device) / half
+    extrapolated = 1.0 / args.rope_theta**exponent
+    if args.rope_factor == 1.0:
+        return extrapolated
+
+    def pair_turning(rotations: float) -> float:
+        wavelength = args.rope_original_len / (rotations * 2 * math.pi)
+        return half * math.log(wavelength) / math.log(args.rope_theta)
+
+    low = max(pair_turning(args.rope_beta_fast), 0.0)
+    high = min(pair_turning(args.rope_beta_slow), args.head_dim - 1.0)
+    pairs = torch.arange(half, dtype=torch.float32, device=device)
+    ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return extrapolated / args.rope_factor * ramp + extrapolated * (1 - ramp)
+
+
+def attention_factor(args: ModelArgs) -> float:
+    """The factor on cos and sin (YaRN eq. 22 with t = 1 / 0.1 ln(s) + 1)."""
+    return 0.1 * math.log(args.rope_factor) + 1.0
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions to cos and sin tables."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.factor = attention_factor(args)
+        self.register_buffer("inv_freq", torch.empty(args.head_dim // 2), persistent=False)
+
+    def init_weights(self, device: torch.device | None = None) -> None:
+        """Fills the frequencies (a meta model has none)."""
+        device = device or self.inv_freq.device
+        self.inv_freq = inverse_frequencies(self.args, device)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions: [B or 1, S] -> cos, sin: fp32 [B or 1, S, 1, head_dim / 2]."""
+        angles = positions[..., None, None].float() * self.inv_freq
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (x[i], x[i + D/2]) by their angles, in fp32.
+
+    x: [B, S, H, D]; cos, sin: [B or 1, S, 1, D/2]; returns x's shape and dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)

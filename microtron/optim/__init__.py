@@ -1,0 +1,1 @@
+"""Optimizers, which parameters they take, and the balancing of experts."""

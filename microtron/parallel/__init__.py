@@ -1,0 +1,1 @@
+"""How a model is spread: functions from model to model. Only this room knows meshes."""

@@ -1,0 +1,111 @@
+"""Every part of a run, named on one page: what TorchTitan's Trainer plugs together."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from microtron import accelerator  # noqa: F401  (before torchtitan)
+
+from torch import nn
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import TrainSpec
+
+from microtron.data.loader import MockLoader, TokenLoader
+from microtron.data.tokenizers import Tokenizer, load_dataset_tokenizer
+from microtron.errors import UserError
+from microtron.flavors import FLAVORS, flavor
+from microtron.loss import build_loss
+from microtron.metrics import build_metrics
+from microtron.model import accounting
+from microtron.model.args import ModelArgs
+from microtron.model.model import Transformer
+from microtron.optim.build import build_optimizers
+from microtron.parallel.apply import parallelize
+from microtron.parse import overrides
+from microtron.validate import build_validator
+
+
+class PluggedArgs(ModelArgs):
+    """ModelArgs with the two methods that TorchTitan calls."""
+
+    def update_from_config(self, job_config: JobConfig) -> None:
+        """Takes [model.args] in."""
+        for name, value in overrides(job_config).items():
+            setattr(self, name, value)
+        self.validate()
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, float]:
+        """Parameters (counted twice, by formula and by module) and training FLOPs a token."""
+        return (accounting.check(model, self).total,
+                sum(accounting.flops_per_token(self, seq_len).values()))
+
+
+class Flavors(Mapping):
+    """Name -> a fresh PluggedArgs: TorchTitan changes what it is given."""
+
+    def __getitem__(self, name: str) -> PluggedArgs:
+        return PluggedArgs(**dataclasses.asdict(flavor(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FLAVORS)
+
+    def __len__(self) -> int:
+        return len(FLAVORS)
+
+
+def resolved_args(job: JobConfig) -> ModelArgs:
+    """The run's architecture: the flavor with [model.args] taken in."""
+    return flavor(job.model.flavor).override(overrides(job))
+
+
+def build_tokenizer(job: JobConfig) -> Tokenizer | None:
+    """The tokenizer that the first dataset was made with; None for mock data and foreign shards.
+
+    Raises:
+        UserError: it has more tokens than the model.
+    """
+    if job.data.mock:
+        return None
+    tokenizer = load_dataset_tokenizer(Path(job.data.dirs[0]))
+    vocab_size = resolved_args(job).vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        rounded = -(-tokenizer.vocab_size // 8) * 8
+        raise UserError(
+            f"model.args.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
+            f"tokenizer {tokenizer.name!r}: use --model.args.vocab_size={rounded}")
+    return tokenizer
+
+
+def build_loader(
+    dp_world_size: int, dp_rank: int, tokenizer: Tokenizer | None, job_config: JobConfig
+) -> TokenLoader | MockLoader:
+    """The training batches of this data rank."""
+    job, data = job_config, job_config.data
+    shape = {"seq_len": job.training.seq_len, "batch_size": job.training.local_batch_size,
+             "rank": dp_rank, "world_size": dp_world_size, "seed": job.debug.seed,
+             "vocab_size": resolved_args(job).vocab_size}
+    if data.mock:
+        return MockLoader(**shape)
+    return TokenLoader(
+        [Path(d) for d in data.dirs], data.weights or None, "train", **shape,
+        tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
+        document_positions=data.document_mask, eot_id=data.eot_id if data.eot_id >= 0 else None,
+        pin_memory=accelerator.DEVICE_TYPE == "cuda", prefetch=data.prefetch, verify=data.verify)
+
+
+def get_train_spec() -> TrainSpec:
+    """The plug."""
+    return TrainSpec(
+        model_cls=Transformer,
+        model_args=Flavors(),
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_loader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=build_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
+    )

@@ -1,0 +1,399 @@
+"""The training loop: TorchTitan's Trainer, thinly subclassed, and the entry of a run.
+
+    ./run_train.sh train_configs/debug.toml --training.steps=100
+    torchrun --nproc-per-node 2 -m microtron.train --job.config_file=train_configs/debug.toml
+
+TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader, checkpoints). What is ours here:
+the step that refuses non-finite numbers before they reach a weight, validation with a target, samples, signals
+that save before they leave, and resume.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from microtron.accelerator import DEVICE_TYPE
+
+import torch
+import torch.distributed as dist
+import torchtitan.train as titan
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config import JobConfig
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
+
+from microtron import checkpoints
+from microtron.batch import model_inputs
+from microtron.diagnose import non_finite
+from microtron.errors import UserError
+from microtron.metrics import Stopwatch, clock
+from microtron.model import accounting
+from microtron.sample import sample
+
+log = logging.getLogger("microtron")
+
+
+class Trainer(titan.Trainer):
+    """One run on this rank."""
+
+    def __init__(self, job: JobConfig) -> None:
+        super().__init__(job)
+        if job.training.mixed_precision_param == "float32":
+            self.maybe_enable_amp = contextlib.nullcontext()  # autocast has no float32
+            if job.validation.enable:
+                self.validator.amp = self.maybe_enable_amp
+        self.step_tokens = (self.gradient_accumulation_steps * job.training.local_batch_size
+                            * self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+                            * job.training.seq_len)
+        for part in self.model_parts:
+            part.step_tokens = self.step_tokens
+        self.time_s = 0.0  # training alone
+        self.stop_signal = 0
+        self.saved_step = -1
+
+    def describe(self) -> None:
+        """Says what is about to be trained."""
+        args, job = self.model_args, self.job_config
+        counted = accounting.count_parameters(args)
+        shape = f"{counted.total / 1e6:.2f}M parameters"
+        if args.moe:
+            shape += (f", {counted.active / 1e6:.2f}M active a token ({args.num_experts} experts, "
+                      f"top {args.top_k})")
+        log.info(f"{shape}; {self.step_tokens:,} tokens a step (sequences of "
+                 f"{job.training.seq_len}), {job.training.steps:,} steps; "
+                 f"{sum(accounting.flops_per_token(args, job.training.seq_len).values()) / 1e6:.1f} "
+                 "MFLOP a token")
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
+        """Hands the labels to the model, which returns its summed loss (see `loss.py`)."""
+        tokens, extra = model_inputs(input_dict, labels, self.model_args)
+        return tokens, labels, {}, extra
+
+    def train_step(
+        self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
+    ) -> None:
+        """Forward, backward, clip, step. The host waits once, for the gradient norm.
+
+        Raises:
+            NonFinite: the loss or the gradient is not finite; no weight has been touched.
+        """
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        valid = self._valid_tokens([labels for _, labels in microbatches])
+        losses = []
+        for input_dict, labels in microbatches:
+            moved = {k: v.to(self.device, non_blocking=True) for k, v in input_dict.items()}
+            loss = self.forward_backward_step(
+                input_dict=moved, labels=labels.to(self.device, non_blocking=True),
+                global_valid_tokens=valid)
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        grad_norm = self._clip(loss, microbatches[-1])
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.balance.step()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+        self.ntokens_seen = self.step * self.step_tokens
+        self.step_result = (loss, grad_norm, lr)
+
+    def _valid_tokens(self, labels: list[torch.Tensor]) -> torch.Tensor:
+        """Targets in the global batch, fp32 scalar on the device."""
+        count = sum(int((x != IGNORE_INDEX).sum()) for x in labels)
+        count = torch.tensor(float(count), device=self.device)
+        if self.parallel_dims.dp_enabled:
+            dist.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
+        return count
+
+    def _clip(self, loss: torch.Tensor, microbatch: tuple) -> float:
+        """The gradient norm before clipping.
+
+        Raises:
+            NonFinite: it, or the loss, is NaN or infinite.
+        """
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        finite = torch.isfinite(torch.stack((norm, loss))).all().float()
+        if self.parallel_dims.dp_enabled:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite.item():
+            def again() -> None:
+                input_dict, labels = microbatch
+                moved = {k: v.to(self.device) for k, v in input_dict.items()}
+                tokens, _, _, extra = self.post_dataloading_process(moved, labels.to(self.device))
+                with self.maybe_enable_amp:
+                    self.model_parts[0](tokens, **extra)
+
+            raise non_finite(self.model_parts[0], self.step, loss.item(), again)
+        torch.nn.utils.clip_grads_with_norm_(
+            parameters, self.job_config.training.max_norm, norm, foreach=True)
+        return norm.item()
+
+    def train(self) -> None:
+        """Resumes if there is something to resume, then runs to the last step, the target or a signal.
+
+        Raises:
+            NonFinite, UserError: see `train_step` and `_save`.
+            SystemExit: a signal ended the run, after its step was saved (code 128 + signal).
+        """
+        job = self.job_config
+        self._resume()
+        if self.step >= job.training.steps:
+            log.info(f"nothing to do: step {self.step} of {job.training.steps} is in "
+                     f"{job.job.dump_folder}; raise --training.steps to go on, or choose another "
+                     "--job.dump_folder")
+            return
+        began = time.perf_counter()
+        reason = ""
+        with self._profilers() as profilers:
+            batches = self.batch_generator(self.dataloader)
+            while not reason:
+                self.step += 1
+                self.gc_handler.run(self.step)
+                with Stopwatch() as watch:
+                    self.train_step(batches)
+                self._count(watch.last_s)
+                reason = self._after_step()
+                for profiler in profilers:
+                    profiler.step()
+                if self.saved_step < 0 and self.step == 1:
+                    self._shorten_timeouts()
+        log.info(f"{reason}: step {self.step}, {self.ntokens_seen:,} tokens, {clock(self.time_s)} of "
+                 f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in all; "
+                 f"results in {job.job.dump_folder}")
+        if self.stop_signal:
+            raise SystemExit(128 + self.stop_signal)
+
+    def _after_step(self) -> str:
+        """Metrics, validation, sample, checkpoint; returns why the run ends here, or ''."""
+        job, step = self.job_config, self.step
+        reason = "done" if step == job.training.steps else ""
+        if self.metrics_processor.should_log(step) or reason:
+            self._log()
+        if self._stop_requested():
+            reason = f"stopped by {signal.Signals(self.stop_signal).name}"
+        leaving = bool(self.stop_signal)
+        if job.validation.enable and not leaving and (
+                reason or self.validator.should_validate(step)):
+            result = self.validator.validate(self.model_parts, step)
+            target = job.validation.val_target
+            if target is not None and result["val_loss"] <= target:
+                reason = f"validation loss {result['val_loss']:.4f} reached the target {target}"
+        if job.sample.freq and not leaving and (reason or step % job.sample.freq == 0):
+            self._sample()
+        self._save(last=bool(reason))
+        return reason
+
+    def _count(self, seconds: float) -> None:
+        self.time_s += seconds
+        self.metrics_processor.train_s += seconds
+        self.metrics_processor.steps_since_line += 1
+
+    def _log(self) -> None:
+        loss, grad_norm, lr = self.step_result
+        loss = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
+        # This rank counted its own tokens; the line speaks of the run.
+        self.metrics_processor.ntokens_since_last_log = (
+            self.step_tokens * self.metrics_processor.steps_since_line)
+        self.metrics_processor.log_step(
+            self.step, loss, grad_norm, lr, self.ntokens_seen, self.time_s,
+            self.optimizers.balance.metrics())
+
+    def _sample(self) -> None:
+        options, job = self.job_config.sample, self.job_config
+        if self.tokenizer is None:
+            return
+        with self.maybe_enable_amp:
+            text = sample(
+                self.model_parts[0], self.tokenizer, options.prompt, tokens=options.tokens,
+                length=job.training.seq_len, temperature=options.temperature,
+                top_k=options.top_k, seed=job.debug.seed)
+        log.info(f"--- sample at step {self.step} ---\n{options.prompt}{text}\n---")
+
+    def _save(self, last: bool) -> None:
+        """Saves when the interval or the end says so.
+
+        Raises:
+            UserError: the checkpoint could not be written.
+        """
+        if not self.checkpointer._should_save(self.step, last):
+            return
+        folder = self._step_folder(self.step)
+        try:
+            if dist.get_rank() == 0:
+                checkpoints.clear(folder)
+                checkpoints.write_identity(folder, self.model_args, self._facts())
+            dist.barrier()
+            self.checkpointer.save(self.step, last_step=last)
+        except Exception as error:
+            if not isinstance(error, OSError) and "CheckpointException" not in type(error).__name__:
+                raise
+            cause = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            kept = self.saved_step if self.saved_step >= 0 else "none"
+            raise UserError(
+                f"could not save step {self.step} to {folder} ({cause}): free or change the disk and run "
+                f"the same command again; newest whole step: {kept}") from error
+        self.saved_step = self.step
+        log.info(f"step {self.step} | checkpoint {folder}")
+
+    def _facts(self) -> dict[str, object]:
+        job = self.job_config
+        return {"flavor": job.model.flavor, "data": job.data.dirs, "step": self.step,
+                "seq_len": job.training.seq_len, "tokens": self.ntokens_seen,
+                "tokenizer": self.tokenizer.name if self.tokenizer else None}
+
+    def _step_folder(self, step: int) -> Path:
+        return Path(self.checkpointer.folder) / f"step-{step}"
+
+    def _resume(self) -> None:
+        """Loads the newest whole step, or the one that checkpoint.load_step names."""
+        options = self.job_config.checkpoint
+        step = -1
+        if options.enable:
+            folder = Path(self.checkpointer.folder)
+            step = checkpoints.choose_step(folder, options.load_step)
+            if step >= 0:
+                checkpoints.check_identity(folder / f"step-{step}", self.model_args)
+            dist.barrier()  # every rank has looked before rank 0 moves anything
+            if dist.get_rank() == 0:
+                checkpoints.set_aside(folder, after=step)
+                if step < 0 and folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()  # else TorchTitan would not look at initial_load_path
+            dist.barrier()
+            self._load(step)
+        self.metrics_processor.resume_at(self.step)
+
+    def _load(self, step: int) -> None:
+        path = self.job_config.checkpoint.initial_load_path
+        if step < 0 and path:
+            checkpoints.check_identity(Path(path), self.model_args)
+        try:
+            loaded = self.checkpointer.load(step=step)
+        except UserError:
+            raise
+        except Exception as error:
+            cause = (str(error).strip().splitlines() or [repr(error)])[-1]
+            source = self._step_folder(step) if step >= 0 else path
+            raise UserError(f"cannot load the checkpoint {source} ({type(error).__name__}: {cause}): move "
+                            "it away to go on from an older step") from error
+        if step >= 0:
+            self.saved_step = step
+            log.info(f"resumed from {self._step_folder(step)} ({self.ntokens_seen:,} tokens)")
+        elif loaded:
+            log.info(f"started from the weights in {path}")
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks answer the same."""
+        if self.parallel_dims.world_size > 1:
+            asked = torch.tensor(self.stop_signal, device=self.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.stop_signal = int(asked.item())
+        return bool(self.stop_signal)
+
+    @contextlib.contextmanager
+    def _profilers(self) -> Iterator[list]:
+        options = {"global_step": self.step, "base_folder": self.job_config.job.dump_folder}
+        with (
+            maybe_enable_profiling(self.job_config.profiling, **options) as traces,
+            maybe_enable_memory_snapshot(self.job_config.profiling, **options) as memory,
+        ):
+            yield [p for p in (traces, memory) if p]
+
+    def _shorten_timeouts(self) -> None:
+        """After the first step, which compiles and connects, a silent rank is noticed sooner."""
+        if self.parallel_dims.world_size > 1:
+            from datetime import timedelta
+
+            dist_utils.set_pg_timeouts(
+                timedelta(seconds=self.job_config.comm.train_timeout_seconds), self.parallel_dims)
+
+    def state_dict(self) -> dict[str, object]:
+        """What a resumed run goes on counting from."""
+        return {"step": self.step, "ntokens_seen": self.ntokens_seen, "time_s": self.time_s}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """The reverse."""
+        self.step = state_dict["step"]
+        self.ntokens_seen = state_dict["ntokens_seen"]
+        self.time_s = state_dict["time_s"]
+
+    def close(self) -> None:
+        """Ends threads and files; waits for a checkpoint still being written."""
+        if getattr(self, "dataloader", None) is not None:
+            self.dataloader.close()
+        manager = getattr(self, "checkpointer", None)
+        if manager is not None and manager.enable and manager.save_future is not None:
+            manager.save_future.result()
+        super().close()
+
+
+def register() -> None:
+    """Makes ``[model] name = "microtron"`` known to TorchTitan; once a process."""
+    from torchtitan.protocols import train_spec
+
+    from microtron.spec import get_train_spec
+
+    if "microtron" not in train_spec._extra_train_specs:
+        train_spec.register_train_spec("microtron", get_train_spec())
+
+
+def run(argv: list[str], rank: int, world_size: int) -> int:
+    """Parses, prepares, trains; returns the exit code."""
+    from microtron.accelerator import pick_threads
+    from microtron.metrics import setup_logging
+    from microtron.parallel.apply import check_layout
+    from microtron.parse import parse
+    from microtron.startup import on_signals, open_folder, prepare_data, write_config
+
+    job = parse(argv)
+    check_layout(job, world_size)
+    folder = Path(job.job.dump_folder)
+    open_folder(folder)
+    setup_logging(folder, rank)
+    threads = pick_threads(world_size) if DEVICE_TYPE == "cpu" else ""
+    log.info(f"microtron {job.model.flavor} on {world_size} x {DEVICE_TYPE}"
+             f"{', ' + threads if threads else ''}; results in {folder}")
+    prepare_data(job.data, rank)
+    register()
+    requested: list[int] = []
+    on_signals(requested.append)
+    trainer = Trainer(job)
+    try:
+        if rank == 0:
+            write_config(folder / "config.toml", job.to_dict())
+        trainer.describe()
+        on_signals(lambda number: setattr(trainer, "stop_signal", number))
+        if requested:
+            return 128 + requested[0]
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry of a process: sets what torchrun would for a single one, tells errors in one line."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        return run(sys.argv[1:] if argv is None else argv, rank, world_size)
+    except UserError as error:
+        print(f"error: {error}" if rank == 0 or world_size == 1 else f"error (rank {rank}): {error}",
+              file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Small models with every term switched on, and how tests compare tensors."""
+
+import torch
+from torch import nn
+
+from microtron.model.args import ModelArgs
+from microtron.model.model import Transformer
+
+# Every width differs from every other, so that a swapped or transposed one cannot go unseen.
+TINY = {
+    "dim": 40, "n_layers": 2, "vocab_size": 61, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16,
+    "window": 5, "window_pattern": "SL", "attn_backend": "eager", "num_experts": 4, "top_k": 2,
+    "expert_dim": 24, "hidden_dim": 24, "experts_backend": "loop", "load_balance": "none",
+}
+
+
+def tiny_args(**overrides):
+    """ModelArgs of a model that runs in milliseconds."""
+    return ModelArgs(**(TINY | overrides))
+
+
+def build(args, seed=0):
+    """A Transformer with weights as at step 0."""
+    model = Transformer(args)
+    model.init_seed = seed
+    model.init_weights()
+    return model
+
+
+def randomise(module, seed=0):
+    """Random values in every parameter: zero biases and unit norms would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.empty(parameter.shape).normal_(generator=generator)
+            matrix = parameter.dim() > 1 and "bias" not in name
+            parameter.copy_(1 + 0.3 * noise if "norm" in name
+                            else noise * parameter.shape[1] ** -0.5 if matrix else noise)
+    return module
+
+
+def build_random(args, seed=0):
+    """A Transformer in which every term matters."""
+    return randomise(build(args, seed), seed)
+
+
+def tokens_of(args, batch=2, seq_len=12, seed=0):
+    """Random tokens [B, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(args.vocab_size, (batch, seq_len), generator=generator)
+
+
+def rel(actual, expected):
+    """Distance relative to the norm of what is expected."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def grads_of(module: nn.Module):
+    """Gradients by parameter name."""
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def assert_same_grads(actual, expected, tolerance):
+    """Every gradient of `expected` is non-zero and matched by norm."""
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad is not None and actual[name] is not None, name
+        assert grad.norm() > 0, f"{name} has no gradient: the test is blind to it"
+        assert rel(actual[name], grad) < tolerance, f"{name}: {rel(actual[name], grad)}"

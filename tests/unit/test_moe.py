@@ -1,0 +1,230 @@
+"""The mixture of experts against the slow reference; grouped against loop; counting."""
+
+import functools
+
+import pytest
+import torch
+from helpers import (
+    assert_same_grads,
+    build_random,
+    grads_of,
+    randomise,
+    rel,
+    tiny_args,
+    tokens_of,
+)
+from reference.loop_moe import expert, gated, moe
+from torch.utils.checkpoint import checkpoint
+
+from microtron.model.experts import Experts
+from microtron.model.mlp import FeedForward, swiglu
+from microtron.model.moe import MoE
+
+
+def build_moe(seed=0, **overrides):
+    layer = randomise(MoE(tiny_args(**overrides)), seed)
+    layer.init_buffers()
+    return layer
+
+
+def inputs(n_tokens=9, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, n_tokens, 40, generator=generator).requires_grad_()
+
+
+def weights_of(layer):
+    experts, gate = layer.experts, layer.router.gate
+    return (gate.weight, gate.bias, experts.gate_up, experts.gate_up_bias, experts.down,
+            experts.down_bias)
+
+
+@pytest.mark.parametrize("experts_backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_against_reference(top_k, experts_backend):
+    layer = build_moe(top_k=top_k, experts_backend=experts_backend, swiglu_limit=1.5)
+    x = inputs()
+    expected, expected_counts = moe(x[0], *weights_of(layer), top_k, limit=1.5)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [x, *weights_of(layer)]
+    truth = torch.autograd.grad(expected, leaves, upstream)
+    out, counts = layer(x)
+    assert counts.tolist() == expected_counts
+    assert rel(out[0], expected) < 1e-5
+    for ours, theirs in zip(torch.autograd.grad(out[0], leaves, upstream), truth, strict=True):
+        assert rel(ours, theirs) < 1e-4 or theirs.norm() < 1e-4 > ours.norm()
+
+
+def test_swiglu_clamps_and_interleaves():
+    row = torch.tensor([-9.0, -9.0, 9.0, 9.0, 0.5, -0.5, 7.0, -7.5, 3.0, 7.5])
+    torch.testing.assert_close(swiglu(row, 1.702, 7.0), gated(row))
+    gate_up = torch.tensor([9.0, -0.25])
+    assert swiglu(gate_up, 1.702, 7.0).item() == pytest.approx(7.0 * 0.75, rel=1e-4)
+
+
+def test_dense_feed_forward_is_one_expert():
+    layer = randomise(FeedForward(tiny_args(num_experts=0)))
+    x = inputs()[0]
+    rows = [expert(token, layer.gate_up.weight.t(), layer.gate_up.bias, layer.down.weight.t(),
+                   layer.down.bias) for token in x]
+    assert rel(layer(x), torch.stack(rows)) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("counts", [[5, 0, 3, 1], [0, 9, 0, 0], [0, 0, 0, 0]],
+                         ids=["ragged", "one_expert", "no_token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_grouped_against_loop(dtype, counts, bias):
+    results = {}
+    rows = sum(counts)
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for backend in ("loop", "grouped_mm"):
+        layer = randomise(Experts(tiny_args(experts_backend=backend, mlp_bias=bias))).to(dtype)
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf, torch.tensor(counts))
+        out.float().square().sum().backward()
+        results[backend] = {"out": out, "x": leaf.grad, **grads_of(layer)}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, expected in results["loop"].items():
+        actual = results["grouped_mm"][name]
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        assert rel(actual, expected) < tolerance or expected.norm() == 0 == actual.norm(), name
+    for name in ("gate_up", "down"):
+        for e, count in enumerate(counts):
+            grad = results["grouped_mm"][name][e]
+            assert (grad.norm() > 0) == (count > 0), f"{name} of expert {e}"
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_operator_obeys_torchs_rules(bias):
+    """Schema, autograd registration, fake tensors and tracing with dynamic shapes."""
+    x = torch.randn(9, 6, requires_grad=True)
+    weight = torch.randn(4, 6, 5, requires_grad=True)
+    offset = torch.randn(4, 5, requires_grad=True) if bias else None
+    counts = torch.tensor([5, 0, 3, 1])
+    torch.library.opcheck(torch.ops.microtron.grouped_linear, (x, weight, offset, counts))
+    torch.library.opcheck(torch.ops.microtron.grouped_linear_backward,
+                          (torch.randn(9, 5), x.detach(), weight.detach(), counts))
+
+
+def test_operator_takes_strided_gradients():
+    """The backward of a sum hands over an expanded tensor, of a transpose a transposed one."""
+    x, counts = torch.randn(9, 6), torch.tensor([5, 0, 3, 1])
+    for layout in (lambda y: y.sum(), lambda y: (y.t() * torch.arange(9.0)).sum()):
+        weight = torch.ones(4, 6, 5, requires_grad=True)
+        layout(torch.ops.microtron.grouped_linear(x, weight, None, counts)).backward()
+        truth = torch.ones(4, 6, 5, requires_grad=True)
+        parts = x.split(counts.tolist())
+        layout(torch.cat([p @ w for p, w in zip(parts, truth, strict=True)])).backward()
+        torch.testing.assert_close(weight.grad, truth.grad)
+
+
+def test_scores_multiply_the_down_bias_too():
+    """Experts that say nothing but their bias: the output is the weighted mean of the biases."""
+    layer = build_moe(top_k=2)
+    with torch.no_grad():
+        layer.experts.down.zero_()
+    x = inputs()
+    logits = layer.router.gate(x[0])
+    top, chosen = logits.topk(2)
+    expected = (top.softmax(-1).unsqueeze(-1) * layer.experts.down_bias[chosen]).sum(1)
+    torch.testing.assert_close(layer(x)[0][0], expected)
+
+
+def test_weights_are_a_softmax_over_the_chosen_logits():
+    layer = build_moe(top_k=2)
+    x = inputs()[0]
+    weights, experts, _ = layer.router(x, None, layer.load_fractions, None)
+    chosen = layer.router.gate(x).gather(-1, experts)
+    torch.testing.assert_close(weights, chosen.softmax(-1))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(9))
+
+
+def test_selection_bias_moves_the_choice_and_not_the_weights():
+    layer = build_moe(load_balance="bias", top_k=2)
+    x = inputs()
+    free = layer.router(x[0], layer.expert_bias, layer.load_fractions, None)
+    layer.expert_bias.copy_(torch.tensor([0.0, 50.0, 0.0, 0.0]))
+    forced = layer.router(x[0], layer.expert_bias, layer.load_fractions, None)
+    assert forced.counts[1] == 9 and free.counts[1] < 9
+    chosen = layer.router.gate(x[0]).gather(-1, forced.experts)
+    torch.testing.assert_close(forced.weights, chosen.softmax(-1))
+    expected, counts = moe(x[0], *weights_of(layer), 2, layer.expert_bias)
+    out, actual_counts = layer(x)
+    assert rel(out[0], expected) < 1e-5 and actual_counts.tolist() == counts
+
+
+def test_the_bias_exists_in_bias_mode_alone():
+    assert build_moe(load_balance="aux_loss").expert_bias is None
+    layer = build_moe(load_balance="bias")
+    assert set(layer.state_dict()) >= {"expert_bias", "load_fractions"}
+    assert "tokens_per_expert" not in layer.state_dict()
+    assert not layer.expert_bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["autocast", "fp32"])
+def test_router_works_in_fp32(dtype):
+    layer = build_moe()
+    x = inputs()[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        routing = layer.router(x, None, layer.load_fractions, None)
+    assert routing.weights.dtype == torch.float32
+    torch.testing.assert_close(
+        routing.weights, layer.router(x, None, layer.load_fractions, None).weights)
+
+
+def counted(model):
+    return [layer.moe.tokens_per_expert.clone() for layer in model.layers.values()]
+
+
+def test_counts_are_every_slot_of_every_forward():
+    args = tiny_args(top_k=3)
+    model, tokens = build_random(args), tokens_of(args)
+    model(tokens)
+    first = counted(model)
+    assert all(counts.sum() == tokens.numel() * 3 for counts in first)
+    model(tokens)
+    assert all(torch.equal(b, 2 * a) for a, b in zip(first, counted(model), strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved_tensors"])
+def test_checkpointing_counts_once_and_changes_no_gradient(reentrant):
+    args = tiny_args(load_balance="aux_loss", aux_loss_coef=5.0, router_z_loss_coef=0.5)
+    tokens = tokens_of(args)
+    results = []
+    for recompute in (False, True):
+        model = build_random(args)
+        if recompute:
+            for layer in model.layers.values():
+                layer.forward = functools.partial(
+                    checkpoint, layer.forward, use_reentrant=reentrant)
+        model(tokens, labels=tokens.roll(-1, 1)).backward()
+        results.append((counted(model), grads_of(model)))
+    (plain_counts, plain), (counts, recomputed) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain_counts, counts, strict=True))
+    assert_same_grads(recomputed, plain, 1e-6)
+
+
+def test_nothing_is_counted_outside_training():
+    args = tiny_args()
+    model, tokens = build_random(args), tokens_of(args)
+    with torch.no_grad():
+        model(tokens)
+    model.eval()
+    model(tokens)
+    assert all(counts.sum() == 0 for counts in counted(model))
+
+
+def test_block_compiles_without_a_graph_break():
+    """The operator is one opaque call, so changing counts neither break nor recompile the graph."""
+    args = tiny_args(attn_backend="sdpa", experts_backend="grouped_mm", load_balance="aux_loss")
+    results = []
+    for compiled in (False, True):
+        model = build_random(args)
+        if compiled:
+            for layer in model.layers.values():
+                layer.compile(backend="aot_eager", fullgraph=True)
+        for seed in range(2):
+            model(tokens_of(args, seed=seed), labels=tokens_of(args, seed=seed + 9)).backward()
+        results.append((counted(model), grads_of(model)))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert_same_grads(results[1][1], results[0][1], 1e-5)
