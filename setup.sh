@@ -23,8 +23,11 @@ if [[ -z $python ]]; then
   echo "error: microtron needs Python 3.11 or newer; install one or name it: PYTHON=/path/to/python $0" >&2
   exit 1
 fi
+has_torch='import importlib.metadata as m; v = m.version("torch").split(".")[:2]; raise SystemExit(not (2, 11) <= (int(v[0]), int(v[1])) < (2, 14))'
 if [[ ! -x $venv/bin/python ]]; then
-  "$python" -m venv "$venv" || { echo "error: '$python -m venv' failed; is the venv package installed?" >&2; exit 1; }
+  system=() # a fitting torch that the machine came with (its GPU's build) is used, not replaced
+  "$python" -c "$has_torch" 2>/dev/null && system=(--system-site-packages)
+  "$python" -m venv "${system[@]}" "$venv" || { echo "error: '$python -m venv' failed; is the venv package installed?" >&2; exit 1; }
 fi
 
 echo "setting up $venv (once, a minute or two) ..."
@@ -37,7 +40,6 @@ install() {
     exit 1
   }
 }
-has_torch='import importlib.metadata as m; v = m.version("torch").split(".")[:2]; raise SystemExit(not (2, 11) <= (int(v[0]), int(v[1])) < (2, 14))'
 if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
   install torch==2.13.0 # the version most tested; any torch >=2.11,<2.14 already there is kept
 fi

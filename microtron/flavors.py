@@ -10,8 +10,8 @@ O200K_HARMONY_VOCAB = 201088
 
 
 def _debug() -> ModelArgs:
-    """Learns text on a laptop CPU in a minute: 0.9M parameters."""
-    return ModelArgs()
+    """Learns text on a laptop CPU in a minute: 1.1M parameters, 0.6M active."""
+    return ModelArgs(window=64)
 
 
 def _gpt_oss_656m() -> ModelArgs:

@@ -235,6 +235,12 @@ def check(job: JobConfig) -> None:
             "name a dataset folder made by `microtron prepare`, or set data.mock = true")
     require(not job.data.weights or len(job.data.weights) == len(job.data.dirs), "data.weights",
             f"give one weight for each of the {len(job.data.dirs)} folders in data.dirs")
+    p = job.profiling
+    require(not p.enable_profiling or p.profile_freq >= p.profiler_active + p.profiler_warmup,
+            "profiling.profile_freq", "give at least profiler_active + profiler_warmup = "
+            f"{p.profiler_active + p.profiler_warmup} steps")
+    require(not p.enable_memory_snapshot or DEVICE_TYPE == "cuda",
+            "profiling.enable_memory_snapshot", "it records the CUDA allocator; leave it out on CPU")
     if job.checkpoint.async_mode == "async_with_pinned_mem":
         require(DEVICE_TYPE == "cuda", "checkpoint.async_mode", "it needs CUDA; use async")
     if job.model.args.attn_backend == "flex":

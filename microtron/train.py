@@ -22,10 +22,11 @@ from microtron.accelerator import DEVICE_TYPE
 import torch
 import torch.distributed as dist
 import torchtitan.train as titan
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot
 
 from microtron import checkpoints
 from microtron.batch import model_inputs
@@ -33,6 +34,8 @@ from microtron.diagnose import non_finite
 from microtron.errors import UserError
 from microtron.metrics import Stopwatch, clock
 from microtron.model import accounting
+from microtron.parallel.apply import reshard
+from microtron.profiling import traces
 from microtron.sample import sample
 
 log = logging.getLogger("microtron")
@@ -217,6 +220,7 @@ class Trainer(titan.Trainer):
                 self.model_parts[0], self.tokenizer, options.prompt, tokens=options.tokens,
                 length=job.training.seq_len, temperature=options.temperature,
                 top_k=options.top_k, seed=job.debug.seed)
+        reshard(self.model_parts[0])
         log.info(f"--- sample at step {self.step} ---\n{options.prompt}{text}\n---")
 
     def _save(self, last: bool) -> None:
@@ -234,14 +238,13 @@ class Trainer(titan.Trainer):
                 checkpoints.write_identity(folder, self.model_args, self._facts())
             dist.barrier()
             self.checkpointer.save(self.step, last_step=last)
-        except Exception as error:
-            if not isinstance(error, OSError) and "CheckpointException" not in type(error).__name__:
-                raise
+        except (OSError, CheckpointException) as error:
             cause = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
             kept = self.saved_step if self.saved_step >= 0 else "none"
             raise UserError(
                 f"could not save step {self.step} to {folder} ({cause}): free or change the disk and run "
                 f"the same command again; newest whole step: {kept}") from error
+        self.checkpointer._purge_stale_checkpoints()  # TorchTitan forgets it after the last step
         self.saved_step = self.step
         log.info(f"step {self.step} | checkpoint {folder}")
 
@@ -280,7 +283,7 @@ class Trainer(titan.Trainer):
             loaded = self.checkpointer.load(step=step)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             cause = (str(error).strip().splitlines() or [repr(error)])[-1]
             source = self._step_folder(step) if step >= 0 else path
             raise UserError(f"cannot load the checkpoint {source} ({type(error).__name__}: {cause}): move "
@@ -301,12 +304,13 @@ class Trainer(titan.Trainer):
 
     @contextlib.contextmanager
     def _profilers(self) -> Iterator[list]:
-        options = {"global_step": self.step, "base_folder": self.job_config.job.dump_folder}
+        options, folder = self.job_config.profiling, self.job_config.job.dump_folder
         with (
-            maybe_enable_profiling(self.job_config.profiling, **options) as traces,
-            maybe_enable_memory_snapshot(self.job_config.profiling, **options) as memory,
+            traces(options, Path(folder)) as profilers,
+            maybe_enable_memory_snapshot(
+                options, global_step=self.step, base_folder=folder) as memory,
         ):
-            yield [p for p in (traces, memory) if p]
+            yield profilers + ([memory] if memory else [])
 
     def _shorten_timeouts(self) -> None:
         """After the first step, which compiles and connects, a silent rank is noticed sooner."""

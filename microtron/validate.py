@@ -23,6 +23,7 @@ from microtron.batch import model_inputs
 from microtron.data.loader import TokenLoader
 from microtron.metrics import RunMetrics, Stopwatch
 from microtron.model.head import IGNORE
+from microtron.parallel.apply import reshard
 
 
 class Validator(BaseValidator):
@@ -54,6 +55,7 @@ class Validator(BaseValidator):
             if self.mesh is not None:
                 dist.all_reduce(totals, group=self.mesh.get_group())
         loader.close()
+        reshard(model)
         model.train()
         loss, tokens, byte_count = totals.tolist()
         return self.metrics.log_validation(

@@ -22,3 +22,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A dataset folder of a few thousand byte tokens, prepared as a person would."""
+    from microtron.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(12):
+        words = [f"line {j} of text {i} says {'abcdefghij'[j % 10] * (j % 7)}" for j in range(40)]
+        (folder / f"text{i}.txt").write_text("\n".join(words))
+    prepare(source=f"text:{folder}/*.txt", tokenizer="byte", out=folder / "data", workers=1)
+    return folder / "data"

@@ -3,16 +3,18 @@
     microtron prepare --source stdlib --tokenizer byte --out data/stdlib
     microtron prepare --source hf:HuggingFaceFW/fineweb-edu --tokenizer gpt2 --out data/edu
 
-All is built in ``OUT/unfinished`` and moves up when it is complete: a folder never shows a part of
-a dataset. A small state file there, rewritten every few seconds, lets the same command go on after
-a kill, with the same bytes as if nothing had happened; the number of workers changes nothing
+All is built in ``OUT/prepare.unfinished`` and moves up when complete: a folder never shows a part
+of a dataset. A small state file there, rewritten every few seconds, lets the same command go on
+after a kill, with the same bytes as if nothing had happened; the number of workers changes nothing
 either. ``OUT/prepare.json`` keeps the settings, so that a second run knows it has nothing to do.
 
 `split.py` says which documents are validation data, `workers.py` how the work is shared, `spool.py`
 how tokens become shards, `prepare_folder.py` what the folder holds when.
 """
 
+import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
@@ -29,6 +31,7 @@ from microtron.data.prepare_folder import (
     UNFINISHED,
     differ,
     finished_dataset,
+    intact,
     publish,
     read_json,
     write_json,
@@ -39,12 +42,19 @@ from microtron.data.sources import Part, list_parts, read_part, source_state
 from microtron.data.split import SplitRule, choose_split
 from microtron.data.spool import Spool
 from microtron.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, tokenizer_state
-from microtron.data.workers import Alphabet, Tokenize, Tokenized, list_tasks, run_tasks
+from microtron.data.workers import (
+    BATCH_CHARS,
+    Alphabet,
+    Tokenize,
+    Tokenized,
+    list_tasks,
+    run_tasks,
+)
 from microtron.errors import UserError
 
 VERSION = 1  # of what the same settings produce
 CHECKPOINT_S = 10.0
-_POOL_BYTES = 16 << 20  # less text than this is done before worker processes have started
+POOL_BYTES = 16 << 20  # less text than this is done before worker processes have started
 
 
 def prepare(
@@ -92,8 +102,9 @@ def prepare(
             return finished
         started = time.monotonic()
         job = _Job(out, settings, workers or _cores(), overwrite)
-        job.run(source, tokenizer, field)
-        info = publish(out, job.state)
+        with contextlib.closing(job):
+            job.run(source, tokenizer, field)
+            info = publish(out, job.state)
         report(out, job.state, info, time.monotonic() - started)
         return info
     except OSError as error:
@@ -132,25 +143,34 @@ class _Job:
     def __init__(self, out: Path, settings: dict, workers: int, overwrite: bool) -> None:
         self.out, self.folder = out, out / UNFINISHED
         self.settings, self.workers = settings, workers
+        self._held: BinaryIO | None = None
         self.state = read_json(self.folder / STATE)
         if self.state is not None and self.state["settings"] != settings:
             if not overwrite:
                 raise differ(out, self.state["settings"], settings)
             self.state = None
+        if self.state is not None and not intact(out, self.state):
+            self.state = None
 
     def run(self, source: str, tokenizer_spec: str, field: str) -> None:
         """Tokenizes what is yet to be tokenized; all shards are in ``folder`` then."""
         if self.state is not None and self.state["done"]:
+            self._lock()
             return
         parts = list_parts(source, field)
-        small = all(p.bounded for p in parts) and sum(p.size_bytes for p in parts) < _POOL_BYTES
-        self.workers = 1 if small else self.workers
+        size = sum(p.size_bytes if p.bounded else 4 * p.size_bytes for p in parts)  # gzip: times 4
+        if all(p.size_bytes for p in parts) and size < POOL_BYTES:
+            self.workers = 1
+        layout = hashlib.sha256(repr((parts, BATCH_CHARS)).encode()).hexdigest()[:16]
+        if self.state is not None and self.state["layout"] != layout:
+            print("prepare: starting anew (the source is cut into other parts)", file=sys.stderr)
+            self.state = None
         if self.state is None:  # nothing is written before source and tokenizer have proved good
             texts = self._texts(parts, field)
             rule = choose_split(texts, self.settings["val-fraction"], source)
             made = self._make_tokenizer(tokenizer_spec, parts, field)
             self._lock()
-            self._start(rule, made)
+            self._start(rule, made, layout)
         else:
             self._lock()
             print(f"prepare: going on in {self.out} after {self.state['documents']:,} documents",
@@ -159,7 +179,7 @@ class _Job:
 
     def _lock(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._held: BinaryIO = open(self.folder / "lock", "wb")  # noqa: SIM115
+        self._held = open(self.folder / "lock", "wb")  # noqa: SIM115
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -169,6 +189,11 @@ class _Job:
             ) from error
         except OSError:  # a file system without locks
             return
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._held is not None:
+            self._held.close()
 
     def _texts(self, parts: list[Part], field: str) -> Iterator[str]:
         """The texts that --max-documents and --max-bytes let through."""
@@ -193,15 +218,18 @@ class _Job:
         if spec != "char":
             return load_tokenizer(spec)
         alphabet, documents, size = set(), 0, 0
-        for batch in run_tasks(Alphabet(field), list_tasks(parts, field), self.workers):
-            for text_bytes, chars in batch:
-                if self._full(documents, size):
-                    return CharTokenizer("".join(alphabet))
-                alphabet.update(chars)
-                documents, size = documents + 1, size + text_bytes
+        for found, failed in run_tasks(Alphabet(field), list_tasks(parts, field), self.workers):
+            for text_bytes, chars in found:
+                if not self._full(documents, size):
+                    alphabet.update(chars)
+                    documents, size = documents + 1, size + text_bytes
+            if self._full(documents, size):
+                break
+            if failed:
+                raise UserError(failed)
         return CharTokenizer("".join(alphabet))
 
-    def _start(self, rule: SplitRule, tokenizer: Tokenizer) -> None:
+    def _start(self, rule: SplitRule, tokenizer: Tokenizer, layout: str) -> None:
         for path in self.folder.iterdir():  # leftovers of other settings, or of a failed start
             if path.is_dir():
                 shutil.rmtree(path)
@@ -212,9 +240,10 @@ class _Job:
             tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eot_id
         )
         self.state = {
-            "settings": self.settings, "rule": asdict(rule), "tokenizer": asdict(named),
-            "dtype": tokenizer.dtype.name, "position": [0, 0], "documents": 0, "bytes": 0,
-            "empty": 0, "left_out": [], "progress_bytes": 0, "splits": {}, "done": False,
+            "settings": self.settings, "layout": layout, "rule": asdict(rule),
+            "tokenizer": asdict(named), "dtype": tokenizer.dtype.name, "position": [0, 0],
+            "documents": 0, "bytes": 0, "empty": 0, "left_out": [], "progress_bytes": 0,
+            "splits": {}, "done": False,
         }
 
     def _tokenize(self, parts: list[Part], field: str) -> None:
@@ -268,8 +297,11 @@ class _Job:
         state["empty"] += result.empty
         state["left_out"] += result.left_out
         state["progress_bytes"] += result.progress_bytes
+        full = self._full(state["documents"], state["bytes"])
+        if result.failed and not full:
+            raise UserError(result.failed)
         state["position"] = [result.index[0], result.index[1] + 1]
-        return self._full(state["documents"], state["bytes"])
+        return full
 
     def _save(self, spools: dict[str, Spool]) -> None:
         self.state["splits"] = {split: spool.saved() for split, spool in spools.items()}

@@ -1,6 +1,6 @@
 """The dataset folder of `microtron prepare`: what is in it already, and moving a finished one in.
 
-All is built in ``OUT/unfinished`` and moves up when it is complete, so a folder never shows a part
+All is built in ``OUT/prepare.unfinished`` and moves up when complete; a folder never shows a part
 of a dataset; ``OUT/prepare.json`` keeps the settings it was made with.
 """
 
@@ -10,6 +10,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from microtron.data.checks import VERIFIED
 from microtron.data.shards import (
@@ -21,10 +23,11 @@ from microtron.data.shards import (
     check_shard,
     write_atomically,
 )
+from microtron.data.spool import spool_name
 from microtron.data.tokenizers import load_tokenizer
 from microtron.errors import UserError
 
-SETTINGS, STATE, UNFINISHED = "prepare.json", "state.json", "unfinished"
+SETTINGS, STATE, UNFINISHED = "prepare.json", "state.json", "prepare.unfinished"
 
 
 def finished_dataset(out: Path, settings: dict, overwrite: bool) -> DatasetInfo | None:
@@ -48,7 +51,7 @@ def finished_dataset(out: Path, settings: dict, overwrite: bool) -> DatasetInfo 
             for entry in info.split(name):
                 check_shard(out / entry.file, entry)
     except UserError as error:
-        print(f"prepare: not complete, made again ({error})", file=sys.stderr)
+        print(f"prepare: {out} is not complete ({error}); completing it", file=sys.stderr)
         return None
     return info if (out / SIDECAR).exists() else None
 
@@ -79,6 +82,23 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
+def intact(out: Path, state: dict) -> bool:
+    """Whether the files of an unfinished dataset still hold what its state says."""
+    work, item = out / UNFINISHED, np.dtype(state["dtype"]).itemsize
+    try:
+        for split, saved in state["splits"].items():
+            for entry in saved["shards"]:
+                moved = state["done"] and not (work / entry["file"]).exists()
+                check_shard((out if moved else work) / entry["file"], ShardInfo(**entry))
+            spool = work / spool_name(split, len(saved["shards"]))
+            if not state["done"] and spool.stat().st_size < saved["tokens"] * item:
+                raise UserError(f"{spool} is shorter than it was")
+    except (UserError, OSError) as error:
+        print(f"prepare: starting anew ({error})", file=sys.stderr)
+        return False
+    return True
+
+
 def write_json(path: Path, data: dict) -> None:
     """Replaces the file at once."""
     write_atomically(path, json.dumps(data, indent=1) + "\n")
@@ -105,5 +125,7 @@ def publish(out: Path, state: dict) -> DatasetInfo:
     for file in files:
         if (work / file).exists():
             os.replace(work / file, out / file)
+    for path in out.glob("*.json.*.partial"):  # of an earlier publish that was killed
+        path.unlink()
     shutil.rmtree(work)
     return info

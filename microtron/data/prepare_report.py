@@ -45,10 +45,11 @@ def report(out: Path, state: dict, info: DatasetInfo, seconds: float) -> None:
     """The summary; ``seconds`` is this run's time, which for a resumed one is not the whole."""
     for line in state["left_out"][:5]:
         print(f"prepare: left out {line}", file=sys.stderr)
-    left_out, empty = len(state["left_out"]), state["empty"]
-    if left_out or empty:
-        print(f"prepare: left out {left_out} files that do not decode and {empty} empty documents",
+    if state["left_out"]:
+        print(f"prepare: left out {len(state['left_out'])} files that do not decode",
               file=sys.stderr)
+    if state["empty"]:
+        print(f"prepare: left out {state['empty']:,} empty documents", file=sys.stderr)
     print(f"prepared {out} with {info.tokenizer.name} (vocabulary {info.tokenizer.vocab_size:,})")
     for split, entries in info.splits.items():
         tokens, size = sum(e.tokens for e in entries), sum(e.bytes for e in entries)

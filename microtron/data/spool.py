@@ -14,16 +14,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from microtron.data.shards import ShardInfo, ShardWriter, check_shard
-from microtron.errors import UserError
+from microtron.data.shards import ShardInfo, ShardWriter
+
+
+def spool_name(split: str, shard: int) -> str:
+    """The file that gathers the tokens of a shard."""
+    return f"{split}_{shard:06d}.spool"
 
 
 class Spool:
     """One split in the folder of an unfinished dataset.
 
     ``token_bytes`` [vocab_size]: bytes an id stands for, to share out a document between shards.
-    ``saved``: what ``saved()`` returned; None starts anew. Raises: UserError when the files do not
-    hold what ``saved`` says.
+    ``saved``: what ``saved()`` returned, the files being as they were then or longer; None starts
+    anew.
     """
 
     def __init__(
@@ -41,25 +45,19 @@ class Spool:
         self._discard_later_files()
         self._file = self._open(self.tokens)
 
-    def _name(self, suffix: str) -> str:
-        return f"{self.split}_{len(self.shards):06d}.{suffix}"
+    @property
+    def _spool(self) -> Path:
+        return self.folder / spool_name(self.split, len(self.shards))
 
     def _discard_later_files(self) -> None:
-        known = {entry.file for entry in self.shards} | {self._name("spool")}
-        for entry in self.shards:
-            check_shard(self.folder / entry.file, entry)
+        known = {entry.file for entry in self.shards} | {self._spool.name}
         for path in self.folder.glob(f"{self.split}_*"):
             if path.name not in known:
                 path.unlink()
 
     def _open(self, tokens: int) -> BinaryIO:
-        path = self.folder / self._name("spool")
-        file = open(path, "ab")  # noqa: SIM115
-        size = tokens * self.dtype.itemsize
-        if file.tell() < size:
-            file.close()
-            raise UserError(f"{path} holds less than was saved; run again with --overwrite")
-        file.truncate(size)
+        file = open(self._spool, "ab")  # noqa: SIM115
+        file.truncate(tokens * self.dtype.itemsize)
         return file
 
     def add(self, ids: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> None:
@@ -95,7 +93,7 @@ class Spool:
 
     def _close_shard(self) -> None:
         self._file.close()
-        spool, name = self.folder / self._name("spool"), self._name("bin")
+        spool, name = self._spool, self._spool.with_suffix(".bin").name
         little = self.dtype.newbyteorder("<")
         with ShardWriter(self.folder / name, self.dtype.name) as shard:
             shard.write(np.memmap(spool, dtype=little, mode="r", shape=(self.tokens,)))

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,11 @@ class CharTokenizer(Tokenizer):
         self.alphabet = "".join(sorted(set(alphabet)))
         self.eot_id = len(self.alphabet)
         self.vocab_size = self.eot_id + 1
-        self.pieces = [char.encode() for char in self.alphabet] + [b""]
         self._points = _code_points(self.alphabet)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        return [char.encode() for char in self.alphabet] + [b""]
 
     @property
     def fingerprint(self) -> str:
@@ -204,7 +208,7 @@ def _load_char(folder: Path | None) -> CharTokenizer:
 def write_file(folder: str | Path, name: str, content: bytes) -> None:
     """Writes ``folder/name`` under a temporary name first, making the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    partial = Path(folder) / f"{name}.{os.getpid()}.partial"
+    partial = Path(folder) / f"{name}.partial"
     try:
         partial.write_bytes(content)
         os.replace(partial, Path(folder) / name)

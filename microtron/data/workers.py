@@ -75,6 +75,7 @@ class Tokenized:
     val: np.ndarray  # [pieces], bool
     empty: int  # documents of no characters, which hold nothing to learn
     left_out: list[str]
+    failed: str | None  # the error after these documents; it counts only if more are wanted
     progress_bytes: int
 
 
@@ -93,42 +94,54 @@ class Tokenize:
 
     def __call__(self, task: Task) -> Tokenized:
         left_out: list[str] = []
-        texts, empty = _texts(task, self.field, left_out)
-        pieces = [piece for text in texts for piece in self.rule.pieces(text)]
         eot = np.array([self.tokenizer.eot_id], dtype=self.tokenizer.dtype)
-        ids, tokens = [eot[:0]], []
-        for text, _ in pieces:
-            encoded = self.tokenizer.encode_array(text)
-            ids += [eot, encoded]
-            tokens.append(1 + encoded.size)
-        sizes = [len(text.encode()) for text, _ in pieces]
+        ids, tokens, sizes, val = [eot[:0]], [], [], []
+        empty, failed = 0, None
+        try:
+            for text in _texts(task, self.field, left_out):
+                pieces = self.rule.pieces(text) if text else []
+                encoded = [self.tokenizer.encode_array(piece) for piece, _ in pieces]
+                empty += not text
+                for (piece, is_val), piece_ids in zip(pieces, encoded, strict=True):
+                    ids += [eot, piece_ids]
+                    tokens.append(1 + piece_ids.size)
+                    sizes.append(len(piece.encode()))
+                    val.append(is_val)
+        except UserError as error:
+            failed = str(error)
         progress = task.part.size_bytes if task.documents is None else sum(sizes)
         return Tokenized(
             task.index, np.concatenate(ids), np.array(tokens, dtype=np.int64),
-            np.array(sizes, dtype=np.int64), np.array([val for _, val in pieces], dtype=bool),
-            empty, left_out, progress,
+            np.array(sizes, dtype=np.int64), np.array(val, dtype=bool),
+            empty, left_out, failed, progress,
         )
 
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Task -> [(UTF-8 bytes, the distinct characters)] a document: the first pass of ``char``."""
+    """Task -> ([(UTF-8 bytes, the distinct characters) of a document], the error after them).
+
+    The first pass of ``char``.
+    """
 
     field: str
 
-    def __call__(self, task: Task) -> list[tuple[int, str]]:
-        texts, _ = _texts(task, self.field, [])
-        return [(len(text.encode()), "".join(sorted(set(text)))) for text in texts]
+    def __call__(self, task: Task) -> tuple[list[tuple[int, str]], str | None]:
+        found: list[tuple[int, str]] = []
+        try:
+            for text in filter(None, _texts(task, self.field, [])):
+                found.append((len(text.encode()), "".join(sorted(set(text)))))
+        except UserError as error:
+            return found, str(error)
+        return found, None
 
 
-def _texts(task: Task, field: str, left_out: list[str]) -> tuple[list[str], int]:
-    """(the texts that are not empty, how many are)."""
+def _texts(task: Task, field: str, left_out: list[str]) -> Iterator[str]:
     documents = task.documents
     if documents is None:
         documents = read_part(task.part, field, left_out)
-    texts = [document.text for document in documents]
-    filled = [text for text in texts if text]
-    return filled, len(texts) - len(filled)
+    for document in documents:
+        yield document.text
 
 
 def run_tasks(work: Callable[[Task], _R], tasks: Iterable[Task], workers: int) -> Iterator[_R]:

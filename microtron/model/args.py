@@ -6,6 +6,7 @@ and the remedy, so that nothing is allocated or written first.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,7 +122,14 @@ class ModelArgs:
         return "window" if letter == "S" else "full"
 
     def override(self, values: dict[str, Any]) -> "ModelArgs":
-        """A checked copy with some fields replaced."""
+        """A checked copy with some fields replaced.
+
+        Raises:
+            UserError: a value cannot work, or there is no such field.
+        """
+        unknown = values.keys() - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise UserError(f"model.args.{min(unknown)} does not exist; the fields are those of ModelArgs")
         return dataclasses.replace(self, **values)
 
     def validate(self) -> None:
@@ -134,7 +142,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "vocab_size", "n_heads", "n_kv_heads", "head_dim",
                      "window", "rope_original_len", "loss_chunk_tokens"):
             self._require(name, getattr(self, name) >= 1, "give a positive number")
-        for name in ("norm_eps", "rope_theta", "rope_beta_fast", "rope_beta_slow", "swiglu_alpha",
+        self._require("rope_theta", self.rope_theta > 1, "give a number above 1")
+        for name in ("norm_eps", "rope_beta_fast", "rope_beta_slow", "swiglu_alpha",
                      "swiglu_limit", "embed_std", "init_scale"):
             self._require(name, getattr(self, name) > 0, "give a number above 0")
         for name in ("num_experts", "hidden_dim", "aux_loss_coef", "router_z_loss_coef",
@@ -164,6 +173,10 @@ class ModelArgs:
         self._require("n_kv_heads", self.n_heads % self.n_kv_heads == 0,
                       f"give a divisor of n_heads = {self.n_heads}")
         self._require("rope_factor", self.rope_factor >= 1, "give 1 (no YaRN) or more")
+        if self.rope_factor > 1:
+            shortest = 2 * math.pi * self.rope_beta_slow
+            self._require("rope_original_len", self.rope_original_len > shortest,
+                          f"give more than 2 pi rope_beta_slow = {shortest:.1f} tokens")
         self._require("rope_beta_fast", self.rope_beta_fast > self.rope_beta_slow,
                       f"give more than rope_beta_slow = {self.rope_beta_slow}")
         self._require("window_pattern", bool(self.window_pattern)

@@ -21,7 +21,9 @@ class Experts(nn.Module):
         super().__init__()
         experts, dim, width = args.num_experts, args.dim, args.expert_dim
         self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
-        self.backend = "grouped_mm" if args.experts_backend == "auto" else args.experts_backend
+        self.backend = args.experts_backend
+        if self.backend == "auto":  # grouped GEMMs want strides of 16 bytes
+            self.backend = "loop" if args.dim % 8 or args.expert_dim % 8 else "grouped_mm"
         self.gate_up = nn.Parameter(torch.empty(experts, dim, 2 * width))
         self.down = nn.Parameter(torch.empty(experts, width, dim))
         bias = args.mlp_bias

@@ -43,8 +43,8 @@ class _ChunkedLoss(torch.autograd.Function):
         w = weight.to(dtype)
         dh = torch.empty_like(h) if need else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if need else None
-        for rows in torch.arange(h.shape[0]).split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, h.shape[0], chunk):
+            part = slice(start, start + chunk)
             x = h[part].to(dtype)
             value, dlogits = _chunk(x @ w.t(), labels[part], cap, z, need)
             loss += value

@@ -33,7 +33,8 @@ def std_of(name: str, shape: torch.Size, args: object) -> float | None:
     """Standard deviation a parameter starts with; 0 means zeros, None means ones.
 
     Matrices get init_scale / sqrt(fan_in); the two that write to the residual stream are divided by
-    sqrt(2 n_layers) (GPT-2); the head starts at 1 / fan_in, so that the loss starts at ln(V).
+    sqrt(2 n_layers) (GPT-2); the head starts at 1 / fan_in, so that the loss starts at ln(V). A table
+    that is both embedding and head gets GPT-2's 0.02.
     """
     if "norm" in name:
         return None
@@ -42,7 +43,7 @@ def std_of(name: str, shape: torch.Size, args: object) -> float | None:
     if name.endswith("sinks"):
         return 0.02
     if name.startswith("tok_embeddings"):
-        return args.embed_std if not args.tie_embeddings else 1.0 / shape[1]
+        return args.embed_std if not args.tie_embeddings else 0.02
     if name.startswith("output"):
         return 1.0 / shape[1]
     fan_in = shape[1]  # Linear is [out, in], experts are [E, in, out]

@@ -58,6 +58,8 @@ class Transformer(nn.Module):
         backend = resolve_backend(self.model_args.attn_backend, device.type)
         key = (backend, seq_len, device)
         if key not in self._masks:
+            if len(self._masks) >= 4:  # lengths that come and go must not pile up
+                self._masks.clear()
             self._masks[key] = build_masks(backend, seq_len, self.model_args.window, device)
         return self._masks[key]
 

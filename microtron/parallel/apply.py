@@ -82,6 +82,13 @@ def place(parameter: nn.Parameter, full: torch.Tensor) -> None:
     parameter.data.copy_(full)
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward without a backward: gives up the weights that FSDP2 still holds whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _shard(model: Transformer, parallel_dims: ParallelDims, job: JobConfig) -> None:
     """FSDP2 by block."""
     options: dict[str, object] = {

@@ -5,7 +5,8 @@ import torch
 from helpers import rel
 from reference.sink_attention import sink_attention
 
-from microtron.model.attention_core import BACKENDS, eager, resolve_backend, sdpa
+from microtron.model import attention_core
+from microtron.model.attention_core import BACKENDS, eager, flex, resolve_backend, sdpa
 from microtron.model.masks import build_masks, document_numbers
 
 CPU = torch.device("cpu")
@@ -64,6 +65,22 @@ def test_sdpa_against_eager(n_kv_heads, kind, sinks, positions):
     expected = run(eager, leaves, sinks, kind, positions)
     for ours, theirs in zip(run(sdpa, leaves, sinks, kind, positions), expected, strict=True):
         assert rel(ours, theirs) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("positions", [None, POSITIONS], ids=["one", "documents"])
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "plain"])
+@pytest.mark.parametrize("kind", ["full", "window"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_flex_forward_against_eager(monkeypatch, n_kv_heads, kind, sinks, positions):
+    """Uncompiled, which CPU can do; gradients need CUDA: parity/test_gpu_backends.py."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_core, "_compiled_flex", lambda: flex_attention)
+    q, k, v, s = (leaf.detach() for leaf in inputs(n_kv_heads))
+    mask = build_masks("flex", SEQ_LEN, WINDOW, CPU, positions)[kind]
+    out = flex(q, k, v, s if sinks else None, mask, WIDTH**-0.5)
+    assert rel(out, run(eager, inputs(n_kv_heads), sinks, kind, positions)[0]) < 1e-5
 
 
 def test_full_causal_sdpa_needs_no_mask():

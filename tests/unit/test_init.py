@@ -87,7 +87,6 @@ def test_independent_of_the_global_generator():
     torch.manual_seed(1)
     one = weights(build(tiny_args()))
     torch.manual_seed(2)
-    state = torch.get_rng_state()
     assert_equal(weights(build(tiny_args())), one)
     # Building a model draws (nn.Linear's own init); filling it must not.
     model = Transformer(tiny_args())

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -186,6 +187,32 @@ def test_mixture_shares_and_each_dataset_s_own_epochs(tmp_path):
     resumed, _ = global_rows(folders, 30, 1, 3, state, weights=[0.5, 0.125, 0.375])
     straight = take(make(folders, [0.5, 0.125, 0.375], batch_size=2), order.SLOTS // 2 + 45)
     assert rows + resumed == straight
+
+
+def test_datasets_of_one_size_are_shuffled_differently(tmp_path):
+    folders = [write_dataset(tmp_path / n, unique_shards([801], f), dtype="uint32")
+               for n, f in (("a", 0), ("b", 10_000))]
+    rows = take(make(folders, [1, 1]), 200)
+    first = [row[0] for row in rows if row[0] < 10_000]
+    second = [row[0] - 10_000 for row in rows if row[0] >= 10_000]
+    same = sum(a == b for a, b in zip(first, second, strict=False))
+    assert min(len(first), len(second)) > 50 and same < 10
+
+
+def test_each_dataset_of_a_mixture_needs_a_window(data, tmp_path):
+    small = write_dataset(tmp_path / "small", [[1, 2, 3]])
+    make([data, small])
+    with pytest.raises(UserError, match=r"23 \+ 0 windows"):
+        make([data, small], [1, 1])
+
+
+def test_narrow_and_wide_shards_mix(tmp_path):
+    wide = write_dataset(tmp_path / "wide", [np.arange(100_000, 100_050)], dtype="uint32")
+    narrow = write_dataset(tmp_path / "narrow", [np.arange(50)], dtype="uint16")
+    for folders in ([wide, narrow], [narrow, wide]):
+        rows = take(make(folders), 12)
+        assert sorted(row[0] for row in rows) == [
+            *range(0, 48, 8), *range(100_000, 100_048, 8)]
 
 
 def test_without_weights_datasets_are_joined(tmp_path):
@@ -386,6 +413,7 @@ def test_a_fork_goes_on_by_itself(data):
     assert [next(batches)[0]["input"][0].tolist() for _ in range(4)] == expected[:4]
     child = os.fork()
     if child == 0:
+        signal.alarm(20)  # a child that waits for a thread it does not have must not stay
         code = 1
         try:
             rows = [next(batches)[0]["input"][0].tolist() for _ in range(6)]

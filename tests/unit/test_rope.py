@@ -37,6 +37,8 @@ def table(args, positions):
     GPT_OSS | {"rope_theta": 10000.0, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
     # Few pairs and a short context: the ramp's lower bound is cut at 0.
     {"rope_theta": 20.0, "rope_factor": 8.0, "rope_original_len": 32},
+    # A long one for this base: the upper bound is cut at head_dim - 1.
+    {"rope_theta": 20.0, "rope_factor": 8.0, "rope_original_len": 4096, "rope_beta_fast": 600.0},
 ])
 def test_yarn_against_transformers(changes):
     args = tiny_args(**changes)

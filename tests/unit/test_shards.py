@@ -206,6 +206,20 @@ def test_missing_folder_and_missing_split(tmp_path):
         info.split("val")
 
 
+def test_other_format_is_named(tmp_path):
+    path = write_dataset(tmp_path, [[1, 2]]) / "dataset.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        DatasetInfo.load(tmp_path)
+
+
+def test_foreign_shards_come_in_the_order_of_their_names(tmp_path):
+    names = [f"x_train_{i:06d}.bin" for i in range(40)]
+    for name in sorted(names, key=lambda n: n[::-1]):
+        (tmp_path / name).write_bytes(foreign_bytes([1]))
+    assert [e.file for e in DatasetInfo.load(tmp_path).split("train")] == names
+
+
 def test_foreign_folder(tmp_path):
     (tmp_path / "fineweb_train_000002.bin").write_bytes(foreign_bytes([3, 4, 5]))
     (tmp_path / "fineweb_train_000001.bin").write_bytes(foreign_bytes([1, 2]))
