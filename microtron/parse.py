@@ -8,6 +8,7 @@ and types are checked here, so that a typo is told with the name that was probab
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import re
 import types
@@ -23,7 +24,18 @@ from microtron import config
 from microtron.errors import UserError
 from microtron.flavors import flavor
 
-_ARGUMENT = re.compile(r"--([\w.\-]+)(?:=.*)?$", re.DOTALL)
+_ARGUMENT = re.compile(r"--([\w.\-]+)(?:=(.*))?$", re.DOTALL)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# TorchTitan's options that mean nothing here: set, they would be passed over in silence or fail late.
+_NOT_HERE = (
+    "job.custom_config_module", "model.converters", "model.tokenizer_path", "quantize",
+    "optimizer.early_step_in_backward", "training.dataset", "training.dataset_path",
+    "training.dataloader", "checkpoint.initial_load_in_hf", "checkpoint.initial_load_in_hf_quantized",
+    "checkpoint.last_save_in_hf", "checkpoint.create_seed_checkpoint",
+    "checkpoint.enable_ft_dataloader_checkpoints", "comm.mode", "memory_estimation",
+    "fault_tolerance", "experimental", "validation.dataset", "validation.dataset_path",
+    "validation.steps", "validation.dataloader", "debug.moe_force_load_balance",
+)
 
 
 def parse(argv: list[str]) -> JobConfig:
@@ -35,23 +47,15 @@ def parse(argv: list[str]) -> JobConfig:
     """
     merged = ConfigManager._merge_configs(JobConfig, config.JobConfig)
     known = option_types(merged)
-    check_names([a for a in argv if a not in ("-h", "--help")], known)
-    file = config_file(argv)
+    given = check_arguments([a for a in argv if a not in ("-h", "--help")], known)
+    file = given.get("job.config_file")
     if file is not None:
         check_table(read_toml(file), known, file)
-    job = _merge(["--job.custom_config_module=microtron.config", *argv])
+    told = ["--help"] if {"-h", "--help"} & set(argv) else []
+    job = _merge(["--job.custom_config_module=microtron.config", *as_tyro(given, known), *told])
     resolve(job)
     check(job)
     return job
-
-
-def config_file(argv: list[str]) -> str | None:
-    """The TOML that the command line names, if any."""
-    for i, argument in enumerate(argv):
-        name, _, value = argument.partition("=")
-        if name.replace("-", "_") == "__job.config_file":
-            return value or (argv[i + 1] if i + 1 < len(argv) else "")
-    return None
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -67,7 +71,8 @@ def read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read the run's TOML {path!r}: {error.strerror}; "
                         "train_configs/ holds ready ones") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+        raise UserError(f"{path} is not TOML: {error}; mend that place, or start from one of those in "
+                        "train_configs/") from None
 
 
 def option_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -92,23 +97,83 @@ def closest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; ./run_train.sh --help lists them all"
 
 
-def check_names(argv: list[str], known: dict[str, Any]) -> None:
-    """Refuses options that do not exist.
+def check_arguments(argv: list[str], known: dict[str, Any]) -> dict[str, str]:
+    """Option -> its last value, as text. A value may stand behind "=" or a space; a bool may have none.
 
     Raises:
-        UserError: with the closest name that does.
+        UserError: an option that does not exist (with the closest name that does), a value of the wrong
+            type, an argument that belongs to no option.
     """
+    values: dict[str, str | None] = {}
+    waiting = ""  # the option whose value may be the next argument
     for argument in argv:
         match = _ARGUMENT.match(argument)
-        if match is None:
-            if argument.startswith("-") and not re.match(r"-[\d.]", argument):
-                raise UserError(f"option {argument!r} is not of the form --section.key=value")
-            continue
-        name = match[1].replace("-", "_")
+        if match is not None:
+            name, value = _known_name(match[1].replace("-", "_"), match[2], known)
+            values[name], waiting = value, name if value is None else ""
+        elif argument.startswith("-") and not re.match(r"-[\d.]", argument):
+            raise UserError(f"option {argument!r} is not of the form --section.key=value")
+        elif waiting:
+            before = values[waiting]
+            values[waiting] = argument if before is None else f"{before},{argument}"
+            waiting = waiting if typing.get_origin(known[waiting]) is list else ""
+        else:
+            raise UserError(f"argument {argument!r} belongs to no option: write --section.key=value, and "
+                            "the items of a list with commas between them")
+    for name, value in values.items():
+        if value is None:
+            raise UserError(f"option --{name} has no value: write --{name}=..., "
+                            f"{describe(known[name])} is expected")
+        if not any(matches(reading, known[name]) for reading in _readings(value)):
+            raise UserError(f"option --{name}={value} has the wrong type: "
+                            f"{describe(known[name])} is expected")
+    return values
+
+
+def _known_name(name: str, value: str | None, known: dict[str, Any]) -> tuple[str, str | None]:
+    """The option, and its value where the name alone says it (--section.key, --section.no_key)."""
+    section, _, key = name.rpartition(".")
+    positive = f"{section}.{key.removeprefix('no_')}"
+    if known.get(name) is bool:
+        return name, "true" if value is None else value
+    if known.get(positive) is bool and value is None:
+        return positive, "false"
+    if name not in known:
+        raise UserError(f"option --{name} does not exist{closest(name, known)}")
+    return name, value
+
+
+def _readings(text: str) -> list[Any]:
+    """The values that a word of the command line can stand for."""
+    items = text.split(",")
+    found: list[Any] = [text, items, [items]]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            found.append([kind(item) for item in items])
+            found.append(kind(text))
+    if text.lower() in ("true", "false"):
+        found.append(text.lower() == "true")
+    return found + [None] * (text == "None")
+
+
+def as_tyro(values: dict[str, str], known: dict[str, Any]) -> list[str]:
+    """The same options in tyro's spelling."""
+    argv = []
+    for name, value in values.items():
         section, _, key = name.rpartition(".")
-        positive = f"{section}.{key.removeprefix('no_')}"
-        if name not in known and not (positive in known and known[positive] is bool):
-            raise UserError(f"option --{match[1]} does not exist{closest(name, known)}")
+        if known[name] is bool:
+            argv.append(f"--{section}.{key if value.lower() == 'true' else 'no_' + key}")
+        elif known[name] in (list[int], list[float]):
+            argv += [f"--{name}", *filter(None, value.split(","))]
+        else:
+            optional_bool = bool in typing.get_args(_plain(known[name]))
+            argv.append(f"--{name}={value.capitalize() if optional_bool else value}")
+    return argv
+
+
+def _plain(expected: Any) -> Any:
+    """The annotation without its help text."""
+    return typing.get_args(expected)[0] if typing.get_origin(expected) is Annotated else expected
 
 
 def check_table(table: dict[str, Any], known: dict[str, Any], file: str, prefix: str = "") -> None:
@@ -235,6 +300,8 @@ def check(job: JobConfig) -> None:
             "name a dataset folder made by `microtron prepare`, or set data.mock = true")
     require(not job.data.weights or len(job.data.weights) == len(job.data.dirs), "data.weights",
             f"give one weight for each of the {len(job.data.dirs)} folders in data.dirs")
+    require(not job.metrics.enable_wandb or importlib.util.find_spec("wandb") is not None,
+            "metrics.enable_wandb", "wandb is not installed: pip install wandb")
     p = job.profiling
     require(not p.enable_profiling or p.profile_freq >= p.profiler_active + p.profiler_warmup,
             "profiling.profile_freq", "give at least profiler_active + profiler_warmup = "

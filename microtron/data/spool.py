@@ -18,7 +18,7 @@ from microtron.data.shards import ShardInfo, ShardWriter
 
 
 def spool_name(split: str, shard: int) -> str:
-    """The file that gathers the tokens of a shard."""
+    """The file that gathers a shard's tokens; what a killed run left in it is cut off on opening."""
     return f"{split}_{shard:06d}.spool"
 
 
@@ -42,18 +42,11 @@ class Spool:
             saved["tokens"], saved["bytes"], saved["documents"]
         )
         self._stale: list[Path] = []
-        self._discard_later_files()
         self._file = self._open(self.tokens)
 
     @property
     def _spool(self) -> Path:
         return self.folder / spool_name(self.split, len(self.shards))
-
-    def _discard_later_files(self) -> None:
-        known = {entry.file for entry in self.shards} | {self._spool.name}
-        for path in self.folder.glob(f"{self.split}_*"):
-            if path.name not in known:
-                path.unlink()
 
     def _open(self, tokens: int) -> BinaryIO:
         file = open(self._spool, "ab")  # noqa: SIM115

@@ -125,6 +125,16 @@ def test_another_architecture_is_refused(tmp_path, data, straight):
     assert (refused.step(8) / ".metadata").exists()
 
 
+def test_asynchronous_saves_resume_to_the_same_bits(tmp_path, data, straight):
+    options = [*ARGS, *data, "--checkpoint.async_mode=async"]
+    first = Run(options, tmp_path, prepare=slow_steps).wait_for("step 7/8")
+    first.signal(signal.SIGKILL)
+    first.wait()
+    resumed = run(options, tmp_path)
+    assert "resumed from" in resumed.out
+    assert_same_contents(resumed.step(8), straight.step(8))
+
+
 def test_keep_latest_k(tmp_path, data):
     argv = [*SMALL, *data, "--training.steps=6", "--checkpoint.interval=1",
             "--checkpoint.keep_latest_k=2"]

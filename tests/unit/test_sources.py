@@ -49,7 +49,8 @@ def test_stdlib_is_this_pythons_library():
 def test_stdlib_leaves_out_tests_and_reports_what_does_not_decode(tmp_path, monkeypatch):
     for name, content in {
         "b.py": "# -*- coding: latin-1 -*-\nx = 'é'\n".encode("latin-1"),
-        "a/z.py": b"z = 1\n", "a.py": b"a = 1\n", "c.py": b"c = 1\n", "bad.py": b"\xff\xfe\x00", "cookie.py": b"# coding: nonsense\n",
+        "a/z.py": b"z = 1\n", "a.py": b"a = 1\n", "c.py": b"c = 1\n",
+        "bad.py": b"\xff\xfe\x00", "cookie.py": b"# coding: nonsense\n",
         "test/t.py": b"no", "a/tests/t.py": b"no", "site-packages/s.py": b"no",
         "__pycache__/c.py": b"no", "data.txt": b"no",
     }.items():

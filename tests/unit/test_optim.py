@@ -1,0 +1,94 @@
+"""The table of parameter groups, and the balancing of experts."""
+
+import pytest
+import torch
+from helpers import build, tiny_args, tokens_of
+
+from microtron.optim.balance import ExpertBalance
+from microtron.optim.groups import RULES, parameter_groups
+
+
+def test_every_parameter_is_claimed_once():
+    model = build(tiny_args(qk_norm=True))
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1)
+    claimed = [id(p) for g in groups for p in g["params"]]
+    assert sorted(claimed) == sorted(id(p) for p in model.parameters())
+    assert {g["name"] for g in groups} == {r.name for r in RULES}
+
+
+def test_what_has_no_scale_is_not_decayed():
+    model = build(tiny_args(qk_norm=True))
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in parameter_groups(model, lr=1.0, weight_decay=0.1):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            vector = "norm" in name or "bias" in name or name.endswith("sinks")
+            expected = 0.0 if vector or name.startswith("tok_embeddings") else 0.1
+            assert group["weight_decay"] == expected, name
+
+
+def test_an_unknown_parameter_is_an_error():
+    model = build(tiny_args())
+    model.surprise = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="claims the parameter surprise"):
+        parameter_groups(model, lr=1.0, weight_decay=0.1)
+
+
+def steps(mode, count=40, **overrides):
+    """Max/mean load over a short training of a model whose router starts lopsided."""
+    args = tiny_args(load_balance=mode, num_experts=8, top_k=2, **overrides)
+    model = build(args)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.moe.router.gate.bias.copy_(torch.linspace(1.0, -1.0, 8))
+    balance = ExpertBalance([model])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loads = []
+    for i in range(count):
+        tokens = tokens_of(args, batch=4, seq_len=32, seed=i)
+        optimizer.zero_grad()
+        (model(tokens, labels=tokens) / tokens.numel()).backward()
+        balance.step()
+        optimizer.step()
+        loads.append(max(balance.metrics()["expert_load_max_mean"]))
+    return loads
+
+
+@pytest.mark.parametrize("mode, options", [
+    ("aux_loss", {"aux_loss_coef": 0.1}),
+    ("aux_loss", {"aux_loss_coef": 0.1, "balance_stats": "forward"}),
+    ("bias", {"bias_update_rate": 0.1}),
+])
+def test_each_mode_evens_out_a_lopsided_router(mode, options):
+    idle, balanced = steps("none"), steps(mode, **options)
+    assert idle[0] > 2 and balanced[0] == idle[0]
+    assert sum(balanced[-10:]) < 0.8 * sum(idle[-10:])
+
+
+def test_metrics_of_known_counts():
+    model = build(tiny_args())
+    for layer, counts in zip(model.layers.values(), ([4, 4, 4, 4], [16, 0, 0, 0]), strict=True):
+        layer.moe.tokens_per_expert.copy_(torch.tensor(counts))
+    balance = ExpertBalance([model])
+    assert balance.metrics() == {}
+    balance.step()
+    assert balance.metrics() == {"expert_load_max_mean": [1.0, 4.0], "expert_entropy": [1.0, 0.0],
+                                 "dead_experts": [0, 3]}
+    for layer in model.layers.values():
+        assert layer.moe.tokens_per_expert.sum() == 0
+        assert layer.moe.load_fractions.sum() == 1
+
+
+def test_counts_of_all_ranks_are_summed_in_one_call():
+    model = build(tiny_args())
+    for layer in model.layers.values():
+        layer.moe.tokens_per_expert.fill_(3)
+    seen = []
+    ExpertBalance([model], lambda counts: (seen.append(counts.shape), counts.mul_(2))).step()
+    assert seen == [torch.Size([2, 4])]
+
+
+def test_a_dense_model_has_nothing_to_balance():
+    balance = ExpertBalance([build(tiny_args(num_experts=0))])
+    balance.step()
+    assert balance.metrics() == {}
