@@ -1,7 +1,8 @@
-"""What a run's values must be, and what they must be to each other; asked before anything is built or written.
+"""What a run's values must be, alone and together; asked before anything is built or written.
 
-Names and types are right by then (`parse.py`). One table says it field by field; `check` adds what takes
-more than one field. Datasets are checked by the loader (`data/checks.py`), layouts by `parallel/apply.py`.
+Names and types are right by then (`parse.py`). One table says it field by field; `check` adds what
+takes more than one field. Datasets are checked by the loader (`data/checks.py`), layouts by
+`parallel/apply.py`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from microtron.accelerator import DEVICE_TYPE
 
 from torchtitan.config import JobConfig
 
+from microtron.config import overrides
 from microtron.errors import UserError
 from microtron.flavors import flavor
 
@@ -23,12 +25,14 @@ Rule = tuple[Callable[[Any], bool], str]  # what is right; the remedy where it i
 _POSITIVE: Rule = (lambda v: v >= 1, "give a positive number")
 _ON_CUDA: Rule = (lambda v: not v or DEVICE_TYPE == "cuda", "it needs CUDA; leave it out")
 RULES: dict[str, Rule] = {
+    "job.dump_folder": (lambda v: v != "", "name the folder of this run"),
     "model.name": (lambda v: v == "microtron", "write microtron"),
     "training.steps": _POSITIVE,
     "training.seq_len": _POSITIVE,
     "training.local_batch_size": _POSITIVE,
     "training.global_batch_size": (
-        lambda v: v == -1 or v >= 1, "give a number of sequences, or -1 for one micro-batch a rank"),
+        lambda v: v == -1 or v >= 1,
+        "give a number of sequences, or -1 for one micro-batch a rank"),
     "training.gc_freq": _POSITIVE,
     "training.max_norm": (lambda v: v > 0, "give a number above 0 (1e9: off)"),
     "training.enable_cpu_offload": _ON_CUDA,
@@ -41,20 +45,21 @@ RULES: dict[str, Rule] = {
     "optimizer.early_step_in_backward": (
         lambda v: not v, "the gradient is clipped before the step; leave it out"),
     "lr_scheduler.warmup_steps": (lambda v: v >= 0, "give 0 or more steps"),
-    "lr_scheduler.total_steps": (lambda v: v is None or v >= 1, "give a positive number, or leave it out"),
+    "lr_scheduler.total_steps": (
+        lambda v: v is None or v >= 1, "give a positive number, or leave it out"),
     "lr_scheduler.decay_ratio": (
         lambda v: v is None or 0 <= v <= 1, "give the share of the steps that decays, from 0 to 1"),
     "lr_scheduler.min_lr_factor": (
         lambda v: 0 <= v <= 1, "give the share of the learning rate that is left, from 0 to 1"),
     "activation_checkpoint.selective_ac_option": (
-        lambda v: v == "op" or v.isdecimal() and int(v) > 0,
-        "give op, or n for every n-th layer"),
+        lambda v: v == "op" or v.isdecimal() and int(v) > 0, "give op, or n for every n-th layer"),
     "checkpoint.interval": _POSITIVE,
     "checkpoint.load_step": (lambda v: v >= -1, "give a step, or -1 for the newest"),
     "checkpoint.keep_latest_k": (
         lambda v: v == 0 or v >= 2, "keep 2 or more (one may be half-written), or 0 for all"),
     "checkpoint.async_mode": (
-        lambda v: v != "async_with_pinned_mem" or DEVICE_TYPE == "cuda", "it needs CUDA; use async"),
+        lambda v: v != "async_with_pinned_mem" or DEVICE_TYPE == "cuda",
+        "it needs CUDA; use async"),
     "metrics.log_freq": _POSITIVE,
     "metrics.enable_wandb": (
         lambda v: not v or importlib.util.find_spec("wandb") is not None,
@@ -81,9 +86,10 @@ RULES: dict[str, Rule] = {
     "comm.init_timeout_seconds": _POSITIVE,
     "comm.train_timeout_seconds": _POSITIVE,
     "model.args.attn_backend": (
-        lambda v: v != "flex" or DEVICE_TYPE == "cuda", "FlexAttention trains on CUDA only; use sdpa"),
+        lambda v: v != "flex" or DEVICE_TYPE == "cuda",
+        "FlexAttention trains on CUDA only; use sdpa"),
 }
-# TorchTitan's options that mean nothing here: set, they would be passed over in silence or fail late.
+# TorchTitan's options that mean nothing here: set, they would be passed over or fail late.
 NOT_HERE = (
     "job.custom_config_module", "model.converters", "model.tokenizer_path", "quantize",
     "training.dataset", "training.dataset_path", "training.dataloader",
@@ -93,11 +99,6 @@ NOT_HERE = (
     "fault_tolerance", "experimental", "validation.dataset", "validation.dataset_path",
     "validation.steps", "validation.dataloader", "debug.moe_force_load_balance",
 )
-
-
-def overrides(job: JobConfig) -> dict[str, Any]:
-    """The fields of [model.args] that were given."""
-    return {k: v for k, v in dataclasses.asdict(job.model.args).items() if v is not None}
 
 
 def check(job: JobConfig) -> None:

@@ -68,8 +68,10 @@ def choose_step(folder: Path, wanted: int = -1) -> int:
     if wanted != -1:
         problem = problem_with(steps[wanted]) if wanted in steps else "not there"
         if problem:
-            raise UserError(f"checkpoint.load_step = {wanted} cannot be loaded: {folder}/step-{wanted} is "
-                            f"{problem}; there are {', '.join(map(str, steps)) or 'no steps'}")
+            known = ", ".join(map(str, steps))
+            remedy = f"name one of {known} or leave it out" if steps else "leave it out to start anew"
+            raise UserError(f"checkpoint.load_step = {wanted} cannot be loaded: "
+                            f"{folder}/step-{wanted} is {problem}; {remedy}")
         return wanted
     for step, path in reversed(steps.items()):
         problem = problem_with(path)
@@ -109,12 +111,12 @@ def check_identity(step_folder: Path, args: ModelArgs) -> None:
         UserError: with the fields that differ and both values.
     """
     try:
-        saved = json.loads((step_folder / IDENTITY).read_text())["model_args"]
+        saved = dict(json.loads((step_folder / IDENTITY).read_text())["model_args"])
     except FileNotFoundError:
         return  # written by another tool; DCP compares the shapes
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {step_folder / IDENTITY} ({error}); move the step away or restore "
-                        "the file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {step_folder / IDENTITY} ({type(error).__name__}: {error}); "
+                        "move the step away or restore the file") from None
     now = dataclasses.asdict(args)
     differing = [f"{k} {saved[k]!r} there, {now[k]!r} here" for k in now
                  if k in saved and k not in NOT_ARCHITECTURE and saved[k] != now[k]]
@@ -122,3 +124,36 @@ def check_identity(step_folder: Path, args: ModelArgs) -> None:
         raise UserError(
             f"{step_folder} holds another architecture ({'; '.join(differing)}): set these fields back, or "
             "choose another --job.dump_folder")
+
+
+def check_initial(step_folder: Path, args: ModelArgs) -> None:
+    """Refuses a checkpoint.initial_load_path that cannot be loaded.
+
+    Raises:
+        UserError: it is missing or broken, or of another architecture.
+    """
+    problem = problem_with(step_folder) if step_folder.is_dir() else "not there"
+    if problem:
+        raise UserError(f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: name a "
+                        "whole checkpoint/step-N folder")
+    check_identity(step_folder, args)
+
+
+def not_saved(step_folder: Path, error: BaseException, newest: int) -> UserError:
+    """A step that could not be written (disk full, folder gone); ``newest``: the last that was."""
+    kept = f"{step_folder.parent}/step-{newest}" if newest >= 0 else "there is none"
+    return UserError(
+        f"could not save {step_folder} ({_cause(error)}): free the disk, or move the run to "
+        f"another, and run the same command again; newest whole step: {kept}")
+
+
+def not_loaded(step_folder: Path, error: BaseException) -> UserError:
+    """A step that looked whole and was not."""
+    return UserError(
+        f"cannot load the checkpoint {step_folder} ({_cause(error)}): move it away to go on from "
+        "an older step")
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what may be the tracebacks of all ranks."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]

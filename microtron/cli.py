@@ -3,10 +3,14 @@
 Run ``microtron`` for the list and ``microtron <command> --help`` for the options of one.
 """
 
+import contextlib
+import functools
 import importlib
+import io
 import sys
+from collections.abc import Callable
 
-from microtron.errors import UserError
+from microtron.errors import UserError, unboxed
 
 # command -> (module:function, one line of help). The function's arguments are its options (tyro).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,6 +28,30 @@ def usage() -> str:
     )
 
 
+def bind(function: Callable[..., object], command: str, argv: list[str]) -> Callable[[], object]:
+    """The function with its options from ``argv``, not yet called.
+
+    Raises:
+        UserError: the options do not fit it.
+        SystemExit: --help was asked for (code 0).
+    """
+    import tyro
+
+    @functools.wraps(function)
+    def bound(**options: object) -> Callable[[], object]:
+        return functools.partial(function, **options)
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(bound, args=argv, prog=f"microtron {command}")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{unboxed(told.getvalue())} (`microtron {command} --help` explains the "
+                        "options)") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 refused, 2 no such command)."""
     argv = sys.argv[1:] if argv is None else argv
@@ -33,13 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    import tyro
-
-    target = COMMANDS[argv[0]][0]
-    module, function = target.split(":")
+    module, function = COMMANDS[argv[0]][0].split(":")
     try:
-        tyro.cli(getattr(importlib.import_module(module), function), args=argv[1:],
-                 prog=f"microtron {argv[0]}")
+        bind(getattr(importlib.import_module(module), function), argv[0], argv[1:])()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ is built, each mistake told in one line (`check.py`). See all options: ``./run_t
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from microtron.model.args import ModelArgs
 
@@ -149,3 +149,8 @@ class JobConfig:
     debug: Debug = field(default_factory=Debug)
     data: Data = field(default_factory=Data)
     sample: Sample = field(default_factory=Sample)
+
+
+def overrides(job: JobConfig) -> dict[str, Any]:
+    """The fields of [model.args] that were given."""
+    return {k: v for k, v in dataclasses.asdict(job.model.args).items() if v is not None}

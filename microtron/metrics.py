@@ -33,6 +33,7 @@ def setup_logging(folder: Path, rank: int) -> None:
     """Console on rank 0, a whole log of every rank in ``folder/log/rankN.log``."""
     import sys
 
+    logging.raiseExceptions = False  # a full disk is told once, by whoever ends the run
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for old in root.handlers[:]:

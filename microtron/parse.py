@@ -2,13 +2,12 @@
 
 TorchTitan's ConfigManager does the merging (command line over TOML over defaults). Before it runs, names
 and types are checked here, so that a typo is told with the name that was probably meant; after it,
-`resolve` replaces every ``auto`` and `check` compares fields with each other.
+`resolve` replaces every ``auto`` and `check.py` looks at the values.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import re
 import types
@@ -21,21 +20,11 @@ import tomli
 from torchtitan.config import ConfigManager, JobConfig
 
 from microtron import config
-from microtron.errors import UserError
-from microtron.flavors import flavor
+from microtron.check import check
+from microtron.errors import UserError, unboxed
 
 _ARGUMENT = re.compile(r"--([\w.\-]+)(?:=(.*))?$", re.DOTALL)
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-# TorchTitan's options that mean nothing here: set, they would be passed over in silence or fail late.
-_NOT_HERE = (
-    "job.custom_config_module", "model.converters", "model.tokenizer_path", "quantize",
-    "optimizer.early_step_in_backward", "training.dataset", "training.dataset_path",
-    "training.dataloader", "checkpoint.initial_load_in_hf", "checkpoint.initial_load_in_hf_quantized",
-    "checkpoint.last_save_in_hf", "checkpoint.create_seed_checkpoint",
-    "checkpoint.enable_ft_dataloader_checkpoints", "comm.mode", "memory_estimation",
-    "fault_tolerance", "experimental", "validation.dataset", "validation.dataset_path",
-    "validation.steps", "validation.dataloader", "debug.moe_force_load_balance",
-)
 
 
 def parse(argv: list[str]) -> JobConfig:
@@ -71,8 +60,8 @@ def read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read the run's TOML {path!r}: {error.strerror}; "
                         "train_configs/ holds ready ones") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}; mend that place, or start from one of those in "
-                        "train_configs/") from None
+        raise UserError(f"{path} is not TOML: {error}; mend that place, or start from one of those "
+                        "in train_configs/") from None
 
 
 def option_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -98,11 +87,11 @@ def closest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def check_arguments(argv: list[str], known: dict[str, Any]) -> dict[str, str]:
-    """Option -> its last value, as text. A value may stand behind "=" or a space; a bool may have none.
+    """Option -> its last value, as text. It may stand behind "=" or a space; a bool may have none.
 
     Raises:
-        UserError: an option that does not exist (with the closest name that does), a value of the wrong
-            type, an argument that belongs to no option.
+        UserError: an option that does not exist (with the closest name that does), a value of the
+            wrong type, an argument that belongs to no option.
     """
     values: dict[str, str | None] = {}
     waiting = ""  # the option whose value may be the next argument
@@ -118,14 +107,14 @@ def check_arguments(argv: list[str], known: dict[str, Any]) -> dict[str, str]:
             values[waiting] = argument if before is None else f"{before},{argument}"
             waiting = waiting if typing.get_origin(known[waiting]) is list else ""
         else:
-            raise UserError(f"argument {argument!r} belongs to no option: write --section.key=value, and "
-                            "the items of a list with commas between them")
+            raise UserError(f"argument {argument!r} belongs to no option: write --section.key=value, "
+                            "and the items of a list with commas between them")
     for name, value in values.items():
         if value is None:
             raise UserError(f"option --{name} has no value: write --{name}=..., "
                             f"{describe(known[name])} is expected")
         if not any(matches(reading, known[name]) for reading in _readings(value)):
-            raise UserError(f"option --{name}={value} has the wrong type: "
+            raise UserError(f"option --{name}={value} is refused: "
                             f"{describe(known[name])} is expected")
     return values
 
@@ -187,11 +176,14 @@ def check_table(table: dict[str, Any], known: dict[str, Any], file: str, prefix:
         if name in known:
             expected = known[name]
             if not matches(value, expected):
-                raise UserError(f"{file}: {name} = {value!r} has the wrong type: "
+                raise UserError(f"{file}: {name} = {value!r} is refused: "
                                 f"{describe(expected)} is expected")
         elif any(k.startswith(name + ".") for k in known) and isinstance(value, dict):
             check_table(value, known, file, name + ".")
         else:
+            if any(k.startswith(name + ".") for k in known):
+                raise UserError(f"{file}: {name} = {value!r} is a section, not a key: write [{name}] "
+                                "and its keys below it")
             kind = "section" if isinstance(value, dict) else "key"
             near = {k.rsplit(".", 1)[0] for k in known} if kind == "section" else known
             raise UserError(f"{file}: there is no {kind} {name}{closest(name, near)}")
@@ -223,8 +215,8 @@ def describe(expected: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin is list:
-        return f"a list of {describe(inner[0])}"
-    return getattr(expected, "__name__", str(expected))
+        return f"a list, each item {describe(inner[0])},"
+    return _WORDS.get(expected, str(expected))
 
 
 def _merge(argv: list[str]) -> JobConfig:
@@ -237,8 +229,7 @@ def _merge(argv: list[str]) -> JobConfig:
         if not stop.code:
             print(out.getvalue())
             raise
-        told = re.sub(r"[─-╿]+|-{5,}", " ", err.getvalue() + out.getvalue())
-        told = re.split("Argument helptext|For full helptext", told)[0].strip()
+        told = unboxed(err.getvalue() + out.getvalue())
         raise UserError(f"{told} (./run_train.sh --help explains the options)") from None
 
 
@@ -251,65 +242,3 @@ def resolve(job: JobConfig) -> None:
         job.checkpoint.async_mode = "async" if cuda else "disabled"
     if job.validation.seq_len == -1:
         job.validation.seq_len = job.training.seq_len
-
-
-def overrides(job: JobConfig) -> dict[str, Any]:
-    """The fields of [model.args] that were given."""
-    return {k: v for k, v in dataclasses.asdict(job.model.args).items() if v is not None}
-
-
-def check(job: JobConfig) -> None:
-    """Compares fields with each other.
-
-    Raises:
-        UserError: with the field, the value and the remedy.
-    """
-    def require(ok: bool, name: str, remedy: str) -> None:
-        if not ok:
-            section, key = name.rsplit(".", 1)
-            value = job
-            for part in [*section.split("."), key]:
-                value = getattr(value, part)
-            raise UserError(f"{name} = {value!r} cannot work: {remedy}")
-
-    require(job.model.name == "microtron", "model.name", "write microtron")
-    flavor(job.model.flavor).override(overrides(job))
-    for name in ("training.steps", "training.seq_len", "training.local_batch_size",
-                 "checkpoint.interval", "metrics.log_freq", "validation.freq",
-                 "validation.local_batch_size", "sample.tokens", "training.gc_freq"):
-        section, key = name.split(".")
-        require(getattr(getattr(job, section), key) >= 1, name, "give a positive number")
-    require(job.training.max_norm > 0, "training.max_norm", "give a number above 0 (1e9: off)")
-    require(job.optimizer.lr > 0, "optimizer.lr", "give a learning rate above 0")
-    require(job.optimizer.name in ("Adam", "AdamW"), "optimizer.name", "choose Adam or AdamW")
-    require(job.lr_scheduler.warmup_steps >= 0, "lr_scheduler.warmup_steps", "give 0 or more steps")
-    ratio = job.lr_scheduler.decay_ratio
-    require(ratio is None or 0 <= ratio <= 1, "lr_scheduler.decay_ratio",
-            "give the share of the steps that decays, from 0 to 1")
-    require(job.checkpoint.keep_latest_k != 1 and job.checkpoint.keep_latest_k >= 0,
-            "checkpoint.keep_latest_k", "keep 2 or more (one may be half-written), or 0 for all")
-    require(job.validation.val_tokens == -1 or job.validation.val_tokens > 0,
-            "validation.val_tokens", "give a number of tokens, or -1 for the whole split")
-    require(job.validation.val_target is None or job.validation.enable, "validation.val_target",
-            "set validation.enable = true, or there is no loss to compare with")
-    require(0 < job.data.val_fraction < 1, "data.val_fraction", "give a share between 0 and 1")
-    require(job.data.prefetch >= 0, "data.prefetch", "give 0 or more batches")
-    require(job.sample.temperature >= 0, "sample.temperature", "give 0 (greedy) or more")
-    require(job.sample.top_k >= 0, "sample.top_k", "give 0 (all tokens) or more")
-    require(bool(job.data.dirs) or job.data.mock, "data.dirs",
-            "name a dataset folder made by `microtron prepare`, or set data.mock = true")
-    require(not job.data.weights or len(job.data.weights) == len(job.data.dirs), "data.weights",
-            f"give one weight for each of the {len(job.data.dirs)} folders in data.dirs")
-    require(not job.metrics.enable_wandb or importlib.util.find_spec("wandb") is not None,
-            "metrics.enable_wandb", "wandb is not installed: pip install wandb")
-    p = job.profiling
-    require(not p.enable_profiling or p.profile_freq >= p.profiler_active + p.profiler_warmup,
-            "profiling.profile_freq", "give at least profiler_active + profiler_warmup = "
-            f"{p.profiler_active + p.profiler_warmup} steps")
-    require(not p.enable_memory_snapshot or DEVICE_TYPE == "cuda",
-            "profiling.enable_memory_snapshot", "it records the CUDA allocator; leave it out on CPU")
-    if job.checkpoint.async_mode == "async_with_pinned_mem":
-        require(DEVICE_TYPE == "cuda", "checkpoint.async_mode", "it needs CUDA; use async")
-    if job.model.args.attn_backend == "flex":
-        require(DEVICE_TYPE == "cuda", "model.args.attn_backend",
-                "FlexAttention trains on CUDA only; use sdpa")

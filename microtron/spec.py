@@ -11,6 +11,7 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import TrainSpec
 
+from microtron.config import overrides
 from microtron.data.loader import MockLoader, TokenLoader
 from microtron.data.tokenizers import Tokenizer, load_dataset_tokenizer
 from microtron.errors import UserError
@@ -22,7 +23,6 @@ from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
 from microtron.optim.build import build_optimizers
 from microtron.parallel.apply import parallelize
-from microtron.parse import overrides
 from microtron.validate import build_validator
 
 
@@ -63,7 +63,7 @@ def build_tokenizer(job: JobConfig) -> Tokenizer | None:
     """The tokenizer that the first dataset was made with; None for mock data and foreign shards.
 
     Raises:
-        UserError: it has more tokens than the model.
+        UserError: it has more tokens than the model, or cannot spell sample.prompt.
     """
     if job.data.mock:
         return None
@@ -74,6 +74,11 @@ def build_tokenizer(job: JobConfig) -> Tokenizer | None:
         raise UserError(
             f"model.args.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
             f"tokenizer {tokenizer.name!r}: use --model.args.vocab_size={rounded}")
+    if tokenizer is not None and job.sample.freq:
+        try:
+            tokenizer.encode(job.sample.prompt)
+        except UserError as error:
+            raise UserError(f"sample.prompt = {job.sample.prompt!r} cannot work: {error}") from None
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """What happens between the command line and the Trainer: folder, threads, corpus, signals."""
 
+import errno
 import logging
 import os
 import signal
@@ -14,8 +15,13 @@ from typing import Any
 import tomli_w
 
 from microtron.errors import UserError
+from microtron.model import accounting
+from microtron.model.args import ModelArgs
 
 log = logging.getLogger("microtron")
+# What a disk answers when it is full, or not ours to write to.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+         errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
 def open_folder(path: Path) -> None:
@@ -32,6 +38,18 @@ def open_folder(path: Path) -> None:
     except OSError as error:
         raise UserError(f"job.dump_folder = {str(path)!r} cannot be written ({error.strerror}): choose "
                         "another with --job.dump_folder") from None
+
+
+def describe(args: ModelArgs, job: Any, step_tokens: int) -> str:
+    """What is about to be trained."""
+    counted = accounting.count_parameters(args)
+    shape = f"{counted.total / 1e6:.2f}M parameters"
+    if args.moe:
+        shape += (f", {counted.active / 1e6:.2f}M active a token ({args.num_experts} experts, "
+                  f"top {args.top_k})")
+    flops = sum(accounting.flops_per_token(args, job.training.seq_len).values())
+    return (f"{shape}; {step_tokens:,} tokens a step (sequences of {job.training.seq_len}), "
+            f"{job.training.steps:,} steps; {flops / 1e6:.1f} MFLOP a token")
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -91,3 +109,23 @@ def on_signals(request_stop: Callable[[int], None]) -> None:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell a person about an error; None: it is a bug and keeps its traceback.
+
+    A person's mistakes, and what the machine refuses (disk, memory); the log file keeps the
+    traceback.
+    """
+    if isinstance(error, UserError):
+        told = str(error)
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        told = (f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend that or choose "
+                "another --job.dump_folder; the same command goes on from the newest whole step")
+    elif "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        told = (f"out of memory ({str(error).splitlines()[0]}): lower training.local_batch_size "
+                "or seq_len, set activation_checkpoint.mode = full, or choose a smaller model")
+    else:
+        return None
+    logging.getLogger("traceback").info("the run ends here", exc_info=error)  # in the file only
+    return told

@@ -33,7 +33,6 @@ from microtron.batch import model_inputs
 from microtron.diagnose import non_finite
 from microtron.errors import UserError
 from microtron.metrics import Stopwatch, clock
-from microtron.model import accounting
 from microtron.parallel.apply import reshard
 from microtron.profiling import traces
 from microtron.sample import sample
@@ -58,19 +57,6 @@ class Trainer(titan.Trainer):
         self.time_s = 0.0  # training alone
         self.stop_signal = 0
         self.saved_step = -1
-
-    def describe(self) -> None:
-        """Says what is about to be trained."""
-        args, job = self.model_args, self.job_config
-        counted = accounting.count_parameters(args)
-        shape = f"{counted.total / 1e6:.2f}M parameters"
-        if args.moe:
-            shape += (f", {counted.active / 1e6:.2f}M active a token ({args.num_experts} experts, "
-                      f"top {args.top_k})")
-        log.info(f"{shape}; {self.step_tokens:,} tokens a step (sequences of "
-                 f"{job.training.seq_len}), {job.training.steps:,} steps; "
-                 f"{sum(accounting.flops_per_token(args, job.training.seq_len).values()) / 1e6:.1f} "
-                 "MFLOP a token")
 
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
@@ -142,14 +128,13 @@ class Trainer(titan.Trainer):
         return norm.item()
 
     def train(self) -> None:
-        """Resumes if there is something to resume, then runs to the last step, the target or a signal.
+        """Runs to the last step, the target or a signal.
 
         Raises:
             NonFinite, UserError: see `train_step` and `_save`.
             SystemExit: a signal ended the run, after its step was saved (code 128 + signal).
         """
         job = self.job_config
-        self._resume()
         if self.step >= job.training.steps:
             log.info(f"nothing to do: step {self.step} of {job.training.steps} is in "
                      f"{job.job.dump_folder}; raise --training.steps to go on, or choose another "
@@ -239,11 +224,7 @@ class Trainer(titan.Trainer):
             dist.barrier()
             self.checkpointer.save(self.step, last_step=last)
         except (OSError, CheckpointException) as error:
-            cause = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-            kept = self.saved_step if self.saved_step >= 0 else "none"
-            raise UserError(
-                f"could not save step {self.step} to {folder} ({cause}): free or change the disk and run "
-                f"the same command again; newest whole step: {kept}") from error
+            raise checkpoints.not_saved(folder, error, self.saved_step) from error
         self.checkpointer._purge_stale_checkpoints()  # TorchTitan forgets it after the last step
         self.saved_step = self.step
         log.info(f"step {self.step} | checkpoint {folder}")
@@ -257,8 +238,11 @@ class Trainer(titan.Trainer):
     def _step_folder(self, step: int) -> Path:
         return Path(self.checkpointer.folder) / f"step-{step}"
 
-    def _resume(self) -> None:
-        """Loads the newest whole step, or the one that checkpoint.load_step names."""
+    def resume(self) -> None:
+        """Loads the newest whole step, or the one that checkpoint.load_step names.
+
+        Nothing on disk is touched before that has worked.
+        """
         options = self.job_config.checkpoint
         step = -1
         if options.enable:
@@ -266,28 +250,28 @@ class Trainer(titan.Trainer):
             step = checkpoints.choose_step(folder, options.load_step)
             if step >= 0:
                 checkpoints.check_identity(folder / f"step-{step}", self.model_args)
+                self._load(step)
+            elif options.initial_load_path:
+                checkpoints.check_initial(Path(options.initial_load_path), self.model_args)
             dist.barrier()  # every rank has looked before rank 0 moves anything
             if dist.get_rank() == 0:
                 checkpoints.set_aside(folder, after=step)
                 if step < 0 and folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()  # else TorchTitan would not look at initial_load_path
             dist.barrier()
-            self._load(step)
+            if step < 0:
+                self._load(step)
         self.metrics_processor.resume_at(self.step)
 
     def _load(self, step: int) -> None:
         path = self.job_config.checkpoint.initial_load_path
-        if step < 0 and path:
-            checkpoints.check_identity(Path(path), self.model_args)
         try:
             loaded = self.checkpointer.load(step=step)
         except UserError:
             raise
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            cause = (str(error).strip().splitlines() or [repr(error)])[-1]
-            source = self._step_folder(step) if step >= 0 else path
-            raise UserError(f"cannot load the checkpoint {source} ({type(error).__name__}: {cause}): move "
-                            "it away to go on from an older step") from error
+            source = self._step_folder(step) if step >= 0 else Path(path)
+            raise checkpoints.not_loaded(source, error) from error
         if step >= 0:
             self.saved_step = step
             log.info(f"resumed from {self._step_folder(step)} ({self.ntokens_seen:,} tokens)")
@@ -356,7 +340,7 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     from microtron.metrics import setup_logging
     from microtron.parallel.apply import check_layout
     from microtron.parse import parse
-    from microtron.startup import on_signals, open_folder, prepare_data, write_config
+    from microtron.startup import describe, on_signals, open_folder, prepare_data, write_config
 
     job = parse(argv)
     check_layout(job, world_size)
@@ -372,12 +356,13 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     on_signals(requested.append)
     trainer = Trainer(job)
     try:
-        if rank == 0:
-            write_config(folder / "config.toml", job.to_dict())
-        trainer.describe()
+        log.info(describe(trainer.model_args, job, trainer.step_tokens))
         on_signals(lambda number: setattr(trainer, "stop_signal", number))
         if requested:
             return 128 + requested[0]
+        trainer.resume()
+        if rank == 0 and trainer.step < job.training.steps:
+            write_config(folder / "config.toml", job.to_dict())
         trainer.train()
     finally:
         trainer.close()
@@ -386,16 +371,22 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The entry of a process: sets what torchrun would for a single one, tells errors in one line."""
+    """The entry of a process: sets what torchrun would for a single one, tells errors in a line."""
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         return run(sys.argv[1:] if argv is None else argv, rank, world_size)
-    except UserError as error:
-        print(f"error: {error}" if rank == 0 or world_size == 1 else f"error (rank {rank}): {error}",
-              file=sys.stderr, flush=True)
+    except Exception as error:
+        from microtron.startup import one_line
+
+        told = one_line(error)
+        if told is None:
+            raise  # a mistake of ours
+        if rank > 0:
+            time.sleep(2)  # mostly rank 0 has the same to say; the launcher then ends the others
+        print(f"error{f' (rank {rank})' if rank else ''}: {told}", file=sys.stderr, flush=True)
         return 1
 
 

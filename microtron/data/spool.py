@@ -18,7 +18,7 @@ from microtron.data.shards import ShardInfo, ShardWriter
 
 
 def spool_name(split: str, shard: int) -> str:
-    """The file that gathers a shard's tokens; what a killed run left in it is cut off on opening."""
+    """The file that gathers a shard's tokens; what a killed run left in it is cut off later."""
     return f"{split}_{shard:06d}.spool"
 
 

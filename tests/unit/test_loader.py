@@ -426,6 +426,22 @@ def test_a_fork_goes_on_by_itself(data):
     loader.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_can_close_whatever_the_thread_was_doing(data):
+    loader = make(data, prefetch=2)
+    batches = iter(loader)
+    next(batches)
+    with loader._source._slots._cond:  # as if the thread held it: nobody frees it in the fork
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            loader.close()
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    next(batches)
+    loader.close()
+
+
 def test_a_process_ends_with_its_thread_running(data):
     code = (
         "from microtron.data.loader import TokenLoader\n"

@@ -31,6 +31,7 @@ from microtron.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 WORK = "prepare.unfinished"
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}  # this code, in any folder
 
 
 def corpus(count=60, seed=0):
@@ -387,7 +388,7 @@ for moment in range(1, 10_000, step):
 def run_killer(folder, options, step=1):
     """The moments (1st, 2nd, .. file operation) at which folders of that name were left behind."""
     done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(options), str(step)],
-                          cwd=folder, capture_output=True, text=True)
+                          cwd=folder, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     return [int(moment) for moment in done.stdout.split()]
 
@@ -484,7 +485,7 @@ def test_kill_9_with_workers_leaves_no_process_and_goes_on(tmp_path, monkeypatch
     prepare(**options, out=tmp_path / "whole")
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options), str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
     deadline = time.monotonic() + 60
     while not (state := out / WORK / "state.json").exists() or not json.loads(
             state.read_text())["documents"]:
@@ -556,7 +557,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_valid(tmp_path):
         "prepare(**json.loads(sys.argv[1]), out=Path('out'), workers=1)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(options)], cwd=tmp_path,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=ENV)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert "UserError: cannot write the dataset out: File too large; free space" in last
@@ -618,8 +619,7 @@ def test_an_unknown_character_cannot_come_from_the_corpus_itself(tmp_path):
 
 def run_cli(*arguments, cwd):
     return subprocess.run([sys.executable, "-m", "microtron.cli", "prepare", *arguments], cwd=cwd,
-                          capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+                          capture_output=True, text=True, env=ENV)
 
 
 def test_the_command_line(tmp_path):
@@ -642,7 +642,7 @@ def test_importing_is_light():
         "heavy = {'torch', 'datasets', 'pyarrow', 'tiktoken', 'tokenizers', 'transformers'}\n"
         "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
 
 
