@@ -110,12 +110,12 @@ def main():
             for workers in sorted({1, os.cpu_count() or 1}):
                 total, seconds = run_prepare(
                     folder, options.source, spec, workers, options.repeats)
-                if workers > 1 and total < 2 * POOL_BYTES:
-                    continue  # prepare takes one process for so little
                 rate = total / 1e6 / min(seconds)
                 print(f"{label:16} {workers:10} {total / 1e6:12.1f} {rate:14.1f}")
                 rows.append({"what": "prepare", "tokenizer": label, "workers": workers,
                              "bytes": total, "wall_s": seconds, "mb_per_s": rate})
+                if total < 2 * POOL_BYTES:
+                    break  # prepare takes one process for so little
     if options.out:
         result = {
             "source": options.source, "repeats": options.repeats, "rows": rows,

@@ -131,6 +131,9 @@ def check(job: JobConfig) -> None:
             "random tokens (data.mock) have no validation split; leave out one of the two")
     require(validation.val_target is None or validation.enable, "validation.val_target",
             "set validation.enable = true, or there is no loss to compare with")
+    total, steps = job.lr_scheduler.total_steps, job.training.steps
+    require(total is None or total >= steps, "lr_scheduler.total_steps",
+            f"give at least training.steps = {steps}, or leave it out")
     shortest = profiling.profiler_active + profiling.profiler_warmup
     require(not profiling.enable_profiling or profiling.profile_freq >= shortest,
             "profiling.profile_freq",
@@ -138,9 +141,8 @@ def check(job: JobConfig) -> None:
     if job.compile.enable:
         import torch
 
-        backends = torch.compiler.list_backends(None)
-        require(job.compile.backend in backends, "compile.backend",
-                f"choose one of {', '.join(backends)}")
+        require(job.compile.backend in torch.compiler.list_backends(None), "compile.backend",
+                f"choose one of {', '.join(torch.compiler.list_backends())}")
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

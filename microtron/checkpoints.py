@@ -6,15 +6,18 @@ skipped with a line; a step is never written into an older attempt's folder (a k
 beside new shards); and each step carries its architecture, compared before anything is loaded.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from microtron.errors import UserError
 from microtron.model.args import ModelArgs
@@ -62,8 +65,11 @@ def choose_step(folder: Path, wanted: int = -1) -> int:
     """The step to resume from: the newest whole one, or ``wanted``; -1: there is none.
 
     Raises:
-        UserError: ``wanted`` is missing or broken.
+        UserError: ``wanted`` is missing or broken, or ``folder`` is no folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and checkpoints go there: move it away or choose another "
+                        "--checkpoint.folder")
     steps = steps_in(folder)
     if wanted != -1:
         problem = problem_with(steps[wanted]) if wanted in steps else "not there"
@@ -139,19 +145,42 @@ def check_initial(step_folder: Path, args: ModelArgs) -> None:
     check_identity(step_folder, args)
 
 
-def not_saved(step_folder: Path, error: BaseException, newest: int) -> UserError:
-    """A step that could not be written (disk full, folder gone); ``newest``: the last that was."""
-    kept = f"{step_folder.parent}/step-{newest}" if newest >= 0 else "there is none"
-    return UserError(
-        f"could not save {step_folder} ({_cause(error)}): free the disk, or move the run to "
-        f"another, and run the same command again; newest whole step: {kept}")
+@contextlib.contextmanager
+def saving(step_folder: Path) -> Iterator[None]:
+    """While a step is written.
+
+    Raises:
+        UserError: it could not be (disk full, folder gone); with the newest step that is whole.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        whole = [p for p in steps_in(step_folder.parent).values() if problem_with(p) is None]
+        raise UserError(
+            f"could not save {step_folder} ({_cause(error)}): free the disk, or move the run to "
+            "another, and run the same command again; newest whole step: "
+            f"{whole[-1] if whole else 'there is none'}") from error
 
 
-def not_loaded(step_folder: Path, error: BaseException) -> UserError:
-    """A step that looked whole and was not."""
-    return UserError(
-        f"cannot load the checkpoint {step_folder} ({_cause(error)}): move it away to go on from "
-        "an older step")
+@contextlib.contextmanager
+def loading(step_folder: Path) -> Iterator[None]:
+    """While a step is read.
+
+    Raises:
+        UserError: it looked whole and was not, or lacks what this run needs.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        cause = _cause(error)
+        remedy = "move it away to go on from an older step"
+        if "Missing key" in cause:
+            remedy = ("a run with other options saved it (checkpoint.last_save_model_only, "
+                      "model.args.load_balance): set them back, or start in another "
+                      "--job.dump_folder with --checkpoint.initial_load_path")
+        raise UserError(f"cannot load the checkpoint {step_folder} ({cause}): {remedy}") from error
 
 
 def _cause(error: BaseException) -> str:

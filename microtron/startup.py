@@ -23,6 +23,10 @@ log = logging.getLogger("microtron")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
          errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
+# What torch and numpy say when memory is short, or when nothing could hold such a size.
+_MEMORY = ("out of memory", "can't allocate memory", "Unable to allocate", "calculation overflowed",
+           "Overflow when unpacking")
+
 
 def open_folder(path: Path) -> None:
     """Makes the run's folder and proves that it can be written.
@@ -122,7 +126,7 @@ def one_line(error: Exception) -> str | None:
     elif isinstance(error, OSError) and error.errno in _DISK:
         told = (f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend that or choose "
                 "another --job.dump_folder; the same command goes on from the newest whole step")
-    elif "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+    elif any(word in str(error) for word in _MEMORY):
         told = (f"out of memory ({str(error).splitlines()[0]}): lower training.local_batch_size "
                 "or seq_len, set activation_checkpoint.mode = full, or choose a smaller model")
     else:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 
 from microtron.accelerator import DEVICE_TYPE
@@ -22,7 +23,6 @@ from microtron.accelerator import DEVICE_TYPE
 import torch
 import torch.distributed as dist
 import torchtitan.train as titan
-from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
@@ -31,7 +31,6 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot
 from microtron import checkpoints
 from microtron.batch import model_inputs
 from microtron.diagnose import non_finite
-from microtron.errors import UserError
 from microtron.metrics import Stopwatch, clock
 from microtron.parallel.apply import reshard
 from microtron.profiling import traces
@@ -217,14 +216,14 @@ class Trainer(titan.Trainer):
         if not self.checkpointer._should_save(self.step, last):
             return
         folder = self._step_folder(self.step)
-        try:
+        with checkpoints.saving(folder):
             if dist.get_rank() == 0:
                 checkpoints.clear(folder)
                 checkpoints.write_identity(folder, self.model_args, self._facts())
             dist.barrier()
             self.checkpointer.save(self.step, last_step=last)
-        except (OSError, CheckpointException) as error:
-            raise checkpoints.not_saved(folder, error, self.saved_step) from error
+            if last and self.checkpointer.save_future is not None:
+                self.checkpointer.save_future.result()
         self.checkpointer._purge_stale_checkpoints()  # TorchTitan forgets it after the last step
         self.saved_step = self.step
         log.info(f"step {self.step} | checkpoint {folder}")
@@ -265,13 +264,8 @@ class Trainer(titan.Trainer):
 
     def _load(self, step: int) -> None:
         path = self.job_config.checkpoint.initial_load_path
-        try:
+        with checkpoints.loading(self._step_folder(step) if step >= 0 or not path else Path(path)):
             loaded = self.checkpointer.load(step=step)
-        except UserError:
-            raise
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            source = self._step_folder(step) if step >= 0 else Path(path)
-            raise checkpoints.not_loaded(source, error) from error
         if step >= 0:
             self.saved_step = step
             log.info(f"resumed from {self._step_folder(step)} ({self.ntokens_seen:,} tokens)")
@@ -320,7 +314,7 @@ class Trainer(titan.Trainer):
             self.dataloader.close()
         manager = getattr(self, "checkpointer", None)
         if manager is not None and manager.enable and manager.save_future is not None:
-            manager.save_future.result()
+            wait([manager.save_future])  # if it fails, `_save` has told or something else ends the run
         super().close()
 
 

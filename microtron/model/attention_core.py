@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 # Kernels want head widths in multiples of 8, so the sink's feature brings seven empty ones.
 _PAD = 8
@@ -75,8 +76,6 @@ def _sink_as_key(
 
 @functools.cache
 def _compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention)
 
 
@@ -85,10 +84,9 @@ def flex(
     mask: object, scale: float,
 ) -> torch.Tensor:
     """FlexAttention (CUDA). mask: BlockMask."""
-    from torch.nn.attention.flex_attention import AuxRequest
-
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, aux = _compiled_flex()(q, k, v, block_mask=mask, scale=scale,
+    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    out, aux = run(q, k, v, block_mask=mask, scale=scale,
                                 enable_gqa=q.shape[1] != k.shape[1],
                                 return_aux=AuxRequest(lse=True))
     if sinks is not None:
