@@ -1,8 +1,9 @@
 """CUDA if there is one, else CPU with gloo. Import this module before torchtitan.
 
 It is the one module that works at import: TorchTitan 0.2.2 decides on its device while being
-imported and falls back to "cuda" when there is none, and it imports triton, which a CPU build of torch
-does not bring, for kernels that microtron does not use. Both are settled here, and nothing else.
+imported and falls back to "cuda" when there is none, and it imports triton, which a CPU build of
+torch does not bring, for kernels that microtron does not use. Both are settled here, and nothing
+else.
 """
 
 import contextlib
@@ -114,7 +115,8 @@ def measured_peak_flops(size: int = 768, seconds: float = 0.15) -> float:
 
 
 def pick_threads(ranks_here: int = 1) -> str:
-    """Sets torch's CPU threads to the fastest count of a short probe; returns what it did, in words.
+    """Sets torch's CPU threads to the fastest count of a short probe; returns what it did, in
+    words.
 
     OMP_NUM_THREADS wins where it is set. On small virtual machines two OpenMP threads can be ten
     times slower than one (their spin-waits fight for the core); on real ones many are better.

@@ -16,9 +16,8 @@ from microtron.accelerator import DEVICE_TYPE
 
 from torchtitan.config import JobConfig
 
-from microtron.config import overrides
+from microtron.config import resolved_args
 from microtron.errors import UserError
-from microtron.flavors import flavor
 
 Rule = tuple[Callable[[Any], bool], str]  # what is right; the remedy where it is not
 
@@ -121,7 +120,7 @@ def check(job: JobConfig) -> None:
                 "give a finite number")
     for name, (right, remedy) in RULES.items():
         require(right(operator.attrgetter(name)(job)), name, remedy)
-    flavor(job.model.flavor).override(overrides(job))
+    resolved_args(job)
     data, validation, profiling = job.data, job.validation, job.profiling
     require(bool(data.dirs) or data.mock, "data.dirs",
             "name a dataset folder made by `microtron prepare`, or set data.mock = true")

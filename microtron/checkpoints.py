@@ -68,14 +68,14 @@ def choose_step(folder: Path, wanted: int = -1) -> int:
         UserError: ``wanted`` is missing or broken, or ``folder`` is no folder.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and checkpoints go there: move it away or choose another "
-                        "--checkpoint.folder")
+        raise UserError(f"{folder} is a file, and checkpoints go there: move it away or choose "
+                        "another --checkpoint.folder")
     steps = steps_in(folder)
     if wanted != -1:
         problem = problem_with(steps[wanted]) if wanted in steps else "not there"
         if problem:
             known = ", ".join(map(str, steps))
-            remedy = f"name one of {known} or leave it out" if steps else "leave it out to start anew"
+            remedy = f"name one of {known} or leave it out" if steps else "leave it out"
             raise UserError(f"checkpoint.load_step = {wanted} cannot be loaded: "
                             f"{folder}/step-{wanted} is {problem}; {remedy}")
         return wanted

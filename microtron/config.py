@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from microtron.flavors import flavor
 from microtron.model.args import ModelArgs
 
 
@@ -151,6 +152,15 @@ class JobConfig:
     sample: Sample = field(default_factory=Sample)
 
 
-def overrides(job: JobConfig) -> dict[str, Any]:
+def overrides(job: Any) -> dict[str, Any]:
     """The fields of [model.args] that were given."""
     return {k: v for k, v in dataclasses.asdict(job.model.args).items() if v is not None}
+
+
+def resolved_args(job: Any) -> ModelArgs:
+    """The run's architecture: the flavor with [model.args] taken in.
+
+    Raises:
+        UserError: there is no such flavor, or a value cannot work.
+    """
+    return flavor(job.model.flavor).override(overrides(job))

@@ -31,7 +31,8 @@ def non_finite(
     """The error to raise: the step, and the offending weights, gradients and first bad activation.
 
     Args:
-        forward: runs the step's last micro-batch again, to find the first module whose output is bad.
+        forward: runs the step's last micro-batch again, to find the first module whose output is
+            bad.
     """
     named = [(plain_name(n), p) for n, p in model.named_parameters()]
     weights = [n for n, p in named if _bad(p)]

@@ -23,7 +23,8 @@ def _gpt_oss_656m() -> ModelArgs:
 
 
 def _gpt_oss_656m_dense() -> ModelArgs:
-    """The dense twin: the same FLOPs a token, one feed-forward as wide as the four active experts."""
+    """The dense twin: the same FLOPs a token, one feed-forward as wide as the four active experts.
+    """
     return _gpt_oss_656m().override({"num_experts": 0, "hidden_dim": 4 * 1440})
 
 

@@ -1,9 +1,9 @@
 """Where the loss meets TorchTitan.
 
-The mathematics is in `model/head.py`, chunk by chunk beside the weights it needs: a model that is handed
-labels returns its summed cross-entropy. TorchTitan asks for a function of (prediction, labels) and divides its
-result by the number of valid tokens of the global batch, which makes the loss token-exact under any
-accumulation or sharding. Here that function has nothing left to do.
+The mathematics is in `model/head.py`, chunk by chunk beside the weights it needs: a model that is
+handed labels returns its summed cross-entropy. TorchTitan asks for a function of (prediction,
+labels) and divides its result by the number of valid tokens of the global batch, which makes the
+loss token-exact under any accumulation or sharding. Here that function has nothing left to do.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,9 @@
 
 One JSON object a line: ``step, loss, grad_norm, lr, tokens, tps, mfu, tflops, memory_gib, time_s,
 data_percent`` and the expert load; validation lines hold ``step, val_loss, val_bpb, val_tokens``.
-``tokens`` and ``tps`` are of the whole run, ``mfu`` and ``tflops`` of one device, ``time_s`` is time spent training
-(validation, samples and checkpoints left out). On CPU the MFU is relative to a measured matrix product.
+``tokens`` and ``tps`` are of the whole run, ``mfu`` and ``tflops`` of one device, ``time_s`` is
+time spent training (validation, samples and checkpoints left out). On CPU the MFU is relative to a
+measured matrix product.
 """
 
 import json

@@ -107,8 +107,8 @@ def check_arguments(argv: list[str], known: dict[str, Any]) -> dict[str, str]:
             values[waiting] = argument if before is None else f"{before},{argument}"
             waiting = waiting if typing.get_origin(known[waiting]) is list else ""
         else:
-            raise UserError(f"argument {argument!r} belongs to no option: write --section.key=value, "
-                            "and the items of a list with commas between them")
+            raise UserError(f"argument {argument!r} belongs to no option: write "
+                            "--section.key=value, and the items of a list with commas between them")
     for name, value in values.items():
         if value is None:
             raise UserError(f"option --{name} has no value: write --{name}=..., "
@@ -182,8 +182,8 @@ def check_table(table: dict[str, Any], known: dict[str, Any], file: str, prefix:
             check_table(value, known, file, name + ".")
         else:
             if any(k.startswith(name + ".") for k in known):
-                raise UserError(f"{file}: {name} = {value!r} is a section, not a key: write [{name}] "
-                                "and its keys below it")
+                raise UserError(f"{file}: {name} = {value!r} is a section, not a key: write "
+                                f"[{name}] and its keys below it")
             kind = "section" if isinstance(value, dict) else "key"
             near = {k.rsplit(".", 1)[0] for k in known} if kind == "section" else known
             raise UserError(f"{file}: there is no {kind} {name}{closest(name, near)}")

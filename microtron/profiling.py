@@ -1,4 +1,5 @@
-"""Profiler traces by option: ``--profiling.enable_profiling``, then open the JSON in ui.perfetto.dev.
+"""Profiler traces by option: ``--profiling.enable_profiling``, then open the JSON in
+ui.perfetto.dev.
 
 TorchTitan's own helper lists a GPU activity even where there is no GPU, and torch refuses that.
 """

@@ -1,4 +1,6 @@
-"""A sample of the model's text while it trains: the whole context again for every token, nothing cached."""
+"""A sample of the model's text while it trains: the whole context again for every token, nothing
+cached.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ def sample(
     """Continues ``prompt`` by up to ``tokens`` tokens; stops at the tokenizer's document separator.
 
     Args:
-        length: tokens the model sees at once; shorter contexts are padded on the right, where a causal
+        length: tokens the model sees at once; shorter contexts are padded on the right, where a
+            causal
             model cannot look, so that every pass has one shape.
         temperature: 0 is greedy.
         top_k: sample among the k likeliest; 0: all.

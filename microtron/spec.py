@@ -11,7 +11,7 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import TrainSpec
 
-from microtron.config import overrides
+from microtron.config import overrides, resolved_args
 from microtron.data.loader import MockLoader, TokenLoader
 from microtron.data.tokenizers import Tokenizer, load_dataset_tokenizer
 from microtron.errors import UserError
@@ -52,11 +52,6 @@ class Flavors(Mapping):
 
     def __len__(self) -> int:
         return len(FLAVORS)
-
-
-def resolved_args(job: JobConfig) -> ModelArgs:
-    """The run's architecture: the flavor with [model.args] taken in."""
-    return flavor(job.model.flavor).override(overrides(job))
 
 
 def build_tokenizer(job: JobConfig) -> Tokenizer | None:

@@ -77,7 +77,8 @@ def prepare_data(data: Any, rank: int, patience_s: float = 24 * 3600) -> None:
     if data.mock:
         return
     folder = Path(data.dirs[0])
-    if any(folder.glob("*.bin")) and (folder / "dataset.json").exists() or not data.source:
+    whole = (folder / "dataset.json").exists() and not (folder / "prepare.unfinished").exists()
+    if not data.source or whole and any(folder.glob("*.bin")):
         return  # the loader tells what is wrong with a folder that nobody can prepare
     if rank == 0:
         log.info(f"preparing {folder} from {data.source} (tokenizer {data.tokenizer})")
@@ -86,9 +87,14 @@ def prepare_data(data: Any, rank: int, patience_s: float = 24 * 3600) -> None:
             "--tokenizer", data.tokenizer, "--out", str(folder), "--field", data.text_field,
             "--val-fraction", str(data.val_fraction),
         ]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            told = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        told = "no message"
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+            for line in worker.stderr:  # its progress is shown, its error becomes ours
+                if line.startswith("error: "):
+                    told = line.removeprefix("error: ").strip()
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+        if worker.returncode:
             raise UserError(f"data.dirs: {folder} could not be prepared: {told}")
         return
     end = time.monotonic() + patience_s
@@ -124,7 +130,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, UserError):
         told = str(error)
     elif isinstance(error, OSError) and error.errno in _DISK:
-        told = (f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend that or choose "
+        told = (f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend it or name "
                 "another --job.dump_folder; the same command goes on from the newest whole step")
     elif any(word in str(error) for word in _MEMORY):
         told = (f"out of memory ({str(error).splitlines()[0]}): lower training.local_batch_size "

@@ -314,7 +314,7 @@ class Trainer(titan.Trainer):
             self.dataloader.close()
         manager = getattr(self, "checkpointer", None)
         if manager is not None and manager.enable and manager.save_future is not None:
-            wait([manager.save_future])  # if it fails, `_save` has told or something else ends the run
+            wait([manager.save_future])  # `_save` tells where that failed
         super().close()
 
 

@@ -1,9 +1,9 @@
 """Loss and bits-per-byte on a fixed token set.
 
-The set is the first ``val_tokens`` tokens of the validation split (all of it by default), every token a target
-once, the same at every call and for any number of ranks. Bits-per-byte divides the summed loss by the UTF-8
-bytes of the targets, so runs with different tokenizers compare. The document separators count in the loss
-and have no bytes.
+The set is the first ``val_tokens`` tokens of the validation split (all of it by default), every
+token a target once, the same at every call and for any number of ranks. Bits-per-byte divides the
+summed loss by the UTF-8 bytes of the targets, so runs with different tokenizers compare. The
+document separators count in the loss and have no bytes.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from microtron.batch import model_inputs
+from microtron.config import resolved_args
 from microtron.data.loader import TokenLoader
 from microtron.metrics import RunMetrics, Stopwatch
 from microtron.model.head import IGNORE
@@ -80,8 +81,6 @@ def build_validator(
     metrics_processor: RunMetrics, **unused: object,
 ) -> Validator:
     """TorchTitan's builder signature."""
-    from microtron.spec import resolved_args
-
     data, validation = job_config.data, job_config.validation
     args = resolved_args(job_config)
 

@@ -35,3 +35,9 @@ def tiny_corpus(tmp_path_factory):
         (folder / f"text{i}.txt").write_text("\n".join(words))
     prepare(source=f"text:{folder}/*.txt", tokenizer="byte", out=folder / "data", workers=1)
     return folder / "data"
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Without fsync, which costs milliseconds a call and guards against power failure alone."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)

@@ -136,6 +136,13 @@ def run(argv, folder, **options):
     return done
 
 
+def assert_one_line(err, *told):
+    """One line that starts with ``error: `` and holds all of ``told``."""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for part in told:
+        assert part in err, (part, err)
+
+
 def contents(step_folder: Path) -> dict:
     """Every tensor and number of a checkpoint, by flat name."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

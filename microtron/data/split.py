@@ -32,6 +32,7 @@ class SplitRule:
 
     @property
     def pieces_per_document(self) -> int:
+        """2 where the one document is cut in two."""
         return 2 if self.kind == "cut" else 1
 
     def is_val(self, text: str) -> bool:

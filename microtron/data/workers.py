@@ -90,6 +90,7 @@ class Tokenize:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Loaded once a process."""
         return load_tokenizer(self.tokenizer_name, self.tokenizer_folder)
 
     def __call__(self, task: Task) -> Tokenized:

@@ -1,8 +1,9 @@
 """What a model costs: parameters by part, and FLOPs a token by part.
 
-FLOPs count multiply-adds of matrix products as two, forward and backward as three forwards, and only
-what is computed by design: a causal layer sees (S + 1) / 2 keys on average, a window layer at most W,
-and a token its top-k experts. (PaLM, arXiv:2204.02311 appendix B, with these three corrected.)
+FLOPs count multiply-adds of matrix products as two, forward and backward as three forwards, and
+only what is computed by design: a causal layer sees (S + 1) / 2 keys on average, a window layer at
+most W, and a token its top-k experts. (PaLM, arXiv:2204.02311 appendix B, with these three
+corrected.)
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from microtron.model.args import ModelArgs
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters by part; ``active`` counts top-k experts only and leaves the embedding look-up out."""
+    """Parameters by part; ``active`` counts top-k experts only and leaves the embedding look-up
+    out.
+    """
 
     embedding: int
     attention: int
@@ -62,7 +65,9 @@ def count_parameters(args: ModelArgs) -> Parameters:
 
 
 def flops_per_token(args: ModelArgs, seq_len: int) -> dict[str, float]:
-    """Training FLOPs a token by part (forward + backward): projections, scores, experts, router, head."""
+    """Training FLOPs a token by part (forward + backward): projections, scores, experts, router,
+    head.
+    """
     q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     keys = sum(mean_keys(args, layer, seq_len) for layer in range(args.n_layers))
     width = args.top_k * args.expert_dim if args.moe else args.hidden_dim

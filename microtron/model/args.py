@@ -101,7 +101,9 @@ class ModelArgs:
     embed_std: float = 1.0
     """Standard deviation of the embedding at initialisation."""
     init_scale: float = 1.0
-    """Other matrices start at init_scale / sqrt(fan_in), residual outputs at 1 / sqrt(2 n_layers) of that."""
+    """Other matrices start at init_scale / sqrt(fan_in), residual outputs at 1 / sqrt(2 n_layers)
+    of that.
+    """
 
     def __post_init__(self) -> None:
         self.validate()

@@ -1,4 +1,6 @@
-"""Grouped-query attention: projections, optional qk-norm, RoPE, and the core that `attn_backend` names."""
+"""Grouped-query attention: projections, optional qk-norm, RoPE, and the core that `attn_backend`
+names.
+"""
 
 import torch
 from torch import nn

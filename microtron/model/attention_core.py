@@ -63,7 +63,8 @@ def _sink_as_key(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, scale: float,
     dummy_query: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q with the feature sink/scale, k and v with one more slot in front that answers to it only."""
+    """q with the feature sink/scale, k and v with one more slot in front that answers to it only.
+    """
     batch, _, heads, width = q.shape
     rows = q.shape[1] + dummy_query
     feature = (sinks / scale).to(q.dtype).view(1, 1, heads, 1).expand(batch, rows, heads, 1)

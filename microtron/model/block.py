@@ -1,4 +1,5 @@
-"""One pre-norm residual block: window or full attention, then a mixture of experts or a dense MLP."""
+"""One pre-norm residual block: window or full attention, then a mixture of experts or a dense MLP.
+"""
 
 import torch
 from torch import nn

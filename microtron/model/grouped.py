@@ -1,4 +1,5 @@
-"""A linear layer for tokens sorted by expert: ``y[rows of e] = x[rows of e] @ weight[e] + bias[e]``.
+"""A linear layer for tokens sorted by expert: ``y[rows of e] = x[rows of e] @ weight[e] +
+bias[e]``.
 
 CUDA has a grouped GEMM in torch that takes the group ends from device memory. On CPU the same
 product is a loop of GEMMs into slices of one output, wrapped as an operator: no per-expert autograd
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
 ) -> torch.Tensor:
-    """x [M, in], weight [E, in, out], bias [E, out] or None, counts [E] summing to M -> [M, out]."""
+    """x [M, in], weight [E, in, out], bias [E, out] or None, counts [E] summing to M -> [M, out].
+    """
     if x.device.type == "cpu":
         return torch.ops.microtron.grouped_linear(x, weight, bias, counts)
     ends = counts.cumsum(0).to(torch.int32)

@@ -23,7 +23,9 @@ def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
 def full_loss(
     h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cap: float = 0.0, z: float = 0.0
 ) -> torch.Tensor:
-    """The truth: all logits, plain autograd. h [N, dim], weight [V, dim], labels [N] -> summed loss."""
+    """The truth: all logits, plain autograd. h [N, dim], weight [V, dim], labels [N] -> summed
+    loss.
+    """
     logits = softcapped((h @ weight.t()).float(), cap)
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     if z:
@@ -32,7 +34,8 @@ def full_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """full_loss, ``chunk`` tokens at a time; gradients are made in forward and scaled in backward."""
+    """full_loss, ``chunk`` tokens at a time; gradients are made in forward and scaled in backward.
+    """
 
     @staticmethod
     def forward(ctx, h, weight, labels, chunk, cap, z, dtype, train):  # noqa: ANN001, ANN205

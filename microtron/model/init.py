@@ -1,8 +1,8 @@
 """Weights at step 0, the same on every layout.
 
 Each parameter draws from a generator of its own, keyed by the seed and the parameter's name, so
-neither the order of modules nor the number of ranks nor the device changes a single number. (A DTensor
-on CPU has no distributed random state: `normal_` on it gives every rank the same shard.)
+neither the order of modules nor the number of ranks nor the device changes a single number. (A
+DTensor on CPU has no distributed random state: `normal_` on it gives every rank the same shard.)
 """
 
 import math
@@ -33,8 +33,8 @@ def std_of(name: str, shape: torch.Size, args: object) -> float | None:
     """Standard deviation a parameter starts with; 0 means zeros, None means ones.
 
     Matrices get init_scale / sqrt(fan_in); the two that write to the residual stream are divided by
-    sqrt(2 n_layers) (GPT-2); the head starts at 1 / fan_in, so that the loss starts at ln(V). A table
-    that is both embedding and head gets GPT-2's 0.02.
+    sqrt(2 n_layers) (GPT-2); the head starts at 1 / fan_in, so that the loss starts at ln(V). A
+    table that is both embedding and head gets GPT-2's 0.02.
     """
     if "norm" in name:
         return None

@@ -1,7 +1,7 @@
 """The transformer: embedding, blocks, norm, head.
 
-It follows gpt-oss (arXiv:2508.10925; github.com/openai/gpt-oss, torch/model.py). Any of its ends may be
-missing (None), as a pipeline stage needs; it knows nothing of stages, meshes or optimizers.
+It follows gpt-oss (arXiv:2508.10925; github.com/openai/gpt-oss, torch/model.py). Any of its ends
+may be missing (None), as a pipeline stage needs; it knows nothing of stages, meshes or optimizers.
 """
 
 import torch
@@ -43,7 +43,8 @@ class Transformer(nn.Module):
         self._masks: dict[tuple, dict[str, object]] = {}
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Fills parameters and buffers after `to_empty`; see `init.py` for why it is layout-proof."""
+        """Fills parameters and buffers after `to_empty`; see `init.py` for why it is layout-proof.
+        """
         if self.model_args.tie_embeddings and self.tok_embeddings and self.output:
             self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of them
         with torch.no_grad():

@@ -15,9 +15,10 @@ from microtron.model.router import Router
 class MoE(nn.Module):
     """x [B, S, dim] -> the same, plus how many tokens each expert got.
 
-    Buffers: ``expert_bias`` [E] (selection bias, load_balance = bias), ``load_fractions`` [E] (shares
-    in the step before) and ``tokens_per_expert`` [E] (this step's counts so far). The first two steer
-    training and are saved; forward only reads them, so it may be recomputed or skipped freely.
+    Buffers: ``expert_bias`` [E] (selection bias, load_balance = bias), ``load_fractions`` [E]
+        (shares in the step before) and ``tokens_per_expert`` [E] (this step's counts so far). The
+        first two steer training and are saved; forward only reads them, so it may be recomputed or
+        skipped freely.
     """
 
     def __init__(self, args: ModelArgs) -> None:

@@ -1,4 +1,5 @@
-"""Rotary positions (arXiv:2104.09864), half-split as gpt-oss has them, with YaRN (arXiv:2309.00071).
+"""Rotary positions (arXiv:2104.09864), half-split as gpt-oss has them, with YaRN
+(arXiv:2309.00071).
 
 YaRN as gpt-oss runs it: the ramp's bounds are not rounded (truncate=false), and cos and sin carry
 the attention factor 0.1 ln(factor) + 1 at every length. Angles are computed from the positions of
@@ -17,7 +18,8 @@ def inverse_frequencies(args: ModelArgs, device: torch.device | None = None) -> 
     """Radians a position for each rotated pair: fp32 [head_dim / 2].
 
     Pairs that turn more than ``rope_beta_fast`` times over the original context keep their
-    frequency, those below ``rope_beta_slow`` are divided by ``rope_factor``, a linear ramp joins them.
+    frequency, those below ``rope_beta_slow`` are divided by ``rope_factor``, a linear ramp joins
+    them.
     """
     half = args.head_dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=device) / half

@@ -2,8 +2,8 @@
 
 Top-k on the raw logits, then softmax over the k (gpt-oss). All of it in fp32. The losses never show
 up in the model's output: they ride on the routing weights through an autograd function that hands
-them a gradient of one, so they hold under activation checkpointing (whose recomputation repeats them
-exactly), under gradient accumulation and on pipeline stages that never see the loss.
+them a gradient of one, so they hold under activation checkpointing (whose recomputation repeats
+them exactly), under gradient accumulation and on pipeline stages that never see the loss.
 """
 
 from typing import NamedTuple

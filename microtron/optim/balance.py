@@ -1,11 +1,12 @@
-"""Expert load, once an optimizer step: the counts of all layers and ranks, and what follows from them.
+"""Expert load, once an optimizer step: the counts of all layers and ranks, and what follows from
+them.
 
 The model adds up which experts its training forwards used (`tokens_per_expert`). Just before the
-optimizer steps, the counts of the global batch are summed over ranks in one collective; they become the
-shares that the next step's Switch loss steers by (`load_fractions`), move the selection bias where that
-is in use (arXiv:2408.15664: up by a fixed step for an expert below the mean, down above), and are kept for
-the metrics. Taking the shares from the step before makes them the same for every rank and every
-micro-batch, so the gradient does not depend on the layout.
+optimizer steps, the counts of the global batch are summed over ranks in one collective; they become
+the shares that the next step's Switch loss steers by (`load_fractions`), move the selection bias
+where that is in use (arXiv:2408.15664: up by a fixed step for an expert below the mean, down
+above), and are kept for the metrics. Taking the shares from the step before makes them the same for
+every rank and every micro-batch, so the gradient does not depend on the layout.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,8 @@ class ExpertBalance:
             moe.tokens_per_expert.zero_()
 
     def metrics(self) -> dict[str, object]:
-        """Of the last step, by layer: max/mean load, entropy (1 is even), experts without a token."""
+        """Of the last step, by layer: max/mean load, entropy (1 is even), experts without a token.
+        """
         if self.counts is None:
             return {}
         loads = self.counts.double().cpu()

@@ -1,4 +1,6 @@
-"""The run's optimizer: Adam or AdamW over the table of `groups.py`, expert balancing hooked before its step."""
+"""The run's optimizer: Adam or AdamW over the table of `groups.py`, expert balancing hooked before
+its step.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""Which parameter is treated how: one table, first match wins, every parameter claimed exactly once."""
+"""Which parameter is treated how: one table, first match wins, every parameter claimed exactly
+once.
+"""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ from microtron.model.init import plain_name
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name matches ``pattern`` get these multiples of the run's lr and weight decay."""
+    """Parameters whose name matches ``pattern`` get these multiples of the run's lr and weight
+    decay.
+    """
 
     name: str
     pattern: str

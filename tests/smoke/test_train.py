@@ -166,3 +166,12 @@ def test_compiled_blocks_train_the_same(plain, tmp_path, data, mode):
     assert torch.isfinite(torch.tensor(list(done.losses().values()))).all()
     assert [e["expert_load_max_mean"] for e in done.lines()] == [
         e["expert_load_max_mean"] for e in plain.lines()]
+
+
+def test_a_missing_dataset_is_prepared_on_first_use(plain, tmp_path, tiny_corpus):
+    options = [*SMALL, *STEPS, f"--data.dirs={tmp_path / 'new'}",
+               f"--data.source=text:{tiny_corpus.parent}/*.txt"]
+    first = run(options, tmp_path / "a")
+    assert "preparing" in first.out and first.losses() == plain.losses()
+    second = run(options, tmp_path / "b")
+    assert "preparing" not in second.out and second.losses() == plain.losses()

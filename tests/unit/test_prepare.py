@@ -1,31 +1,25 @@
-"""prepare: shards equal a naive reading of the corpus, whatever the workers and the kills.
+"""prepare: shards equal a naive reading of the corpus, whatever the workers.
 
-The kill tests run ``KILLER`` in a process of its own, which forks a prepare for every file
-operation and kills it there.
+Kills are in test_prepare_killed.py, refusals and the command in test_prepare_command.py.
 """
 
-import fcntl
 import gzip
 import hashlib
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from microtron.data import prepare as module
-from microtron.data import prepare_report, sources, workers
+from microtron.data import sources, workers
 from microtron.data.prepare import prepare
 from microtron.data.shards import DatasetInfo, check_shard, open_shard
 from microtron.data.split import choose_split
-from microtron.data.tokenizers import EOT, CharTokenizer, load_dataset_tokenizer, load_tokenizer
+from microtron.data.tokenizers import EOT, load_dataset_tokenizer, load_tokenizer
 from microtron.data.train_bpe import train_bpe
 from microtron.errors import UserError
 
@@ -76,12 +70,6 @@ def refusal(**options):
         prepare(**options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture
-def quick_disk(monkeypatch):
-    """Without fsync, which costs milliseconds a call and guards against power failure alone."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture(scope="module")
@@ -344,320 +332,6 @@ def test_a_damaged_dataset_is_made_again(tmp_path, damage, capsys):
     prepare(**options)
     assert "already prepared" not in capsys.readouterr().out.splitlines()[-1]
     assert files_of(tmp_path / "out") == before
-
-
-# -- killed ---------------------------------------------------------------------------------------
-
-KILLER = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-from microtron.data import prepare as module, prepare_report, sources, workers
-
-module.CHECKPOINT_S = 0
-sources.PART_BYTES = workers.BATCH_CHARS = 700
-options, step = json.loads(sys.argv[1]), int(sys.argv[2])
-
-def run(kill_at):
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    count = 0
-    def hook(event, args):
-        nonlocal count
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync"):
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    os.fsync = lambda fd: sys.audit("fsync")  # a killed process loses nothing that was written
-    sys.addaudithook(hook)
-    module.prepare(**options, out=Path(f"{kill_at}" if kill_at else "whole"), workers=1)
-    os._exit(0)
-
-assert run(0) == 0
-for moment in range(1, 10_000, step):
-    if os.path.isdir("old"):
-        shutil.copytree("old", f"{moment}")
-    if run(moment) == 0:
-        print(*range(1, moment, step))
-        break
-"""
-
-
-def run_killer(folder, options, step=1):
-    """The moments (1st, 2nd, .. file operation) at which folders of that name were left behind."""
-    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(options), str(step)],
-                          cwd=folder, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
-    return [int(moment) for moment in done.stdout.split()]
-
-
-def loads_as(folder, complete):
-    """The dataset that a reader who checks sizes alone takes the folder for: one of ``complete``,
-    or none."""
-    try:
-        info = DatasetInfo.load(folder)
-        for split in ("train", "val"):
-            for entry in info.split(split):
-                check_shard(folder / entry.file, entry)
-    except UserError:
-        return None
-    (name,) = [name for name, files in complete.items()
-               if all(files_of(folder)[f] == files[f] for f in files if f.endswith(".bin"))]
-    assert (folder / "dataset.json").read_bytes() == complete[name]["dataset.json"]
-    return name
-
-
-@pytest.mark.parametrize(("name", "step"), [("a.jsonl", 1), ("a.jsonl.gz", 5)])
-def test_killed_at_any_file_operation_it_goes_on_to_the_same_bytes(
-    tmp_path, monkeypatch, capsys, quick_disk, name, step
-):
-    monkeypatch.setattr(sources, "PART_BYTES", 700)
-    monkeypatch.setattr(workers, "BATCH_CHARS", 700)
-    spec = write_corpus(tmp_path / name, corpus(9))
-    options = {"source": spec, "tokenizer": "char", "shard_tokens": 600, "val_fraction": 0.2}
-    moments = run_killer(tmp_path, options, step)
-    complete = {"whole": files_of(tmp_path / "whole")}
-    assert len(moments) * step > 60
-    assert len([f for f in complete["whole"] if f.startswith("train")]) > 2
-    resumed, told = 0, set()
-    read = module.list_tasks
-
-    def note_start(parts, field, start=(0, 0)):
-        told.add(start)
-        return read(parts, field, start)
-
-    monkeypatch.setattr(module, "list_tasks", note_start)
-    for moment in moments:
-        out = tmp_path / str(moment)
-        if not out.exists():  # killed before anything was written
-            continue
-        unfinished = loads_as(out, complete) is None
-        for path in (out / WORK).glob("*.bin"):  # a shard that passes its check has its content
-            check_shard(path)
-            assert path.read_bytes() == complete["whole"][path.name]
-        prepare(**options, out=out, workers=1)
-        shown = {f: c for f, c in files_of(out).items() if not f.startswith(WORK)}
-        assert shown == complete["whole"]
-        resumed += unfinished
-    assert "starting anew" not in capsys.readouterr().err
-    assert resumed * step > 50 and len(told) > 2  # it went on from where it was, not from the start
-
-
-def test_an_overwrite_killed_at_any_file_operation_leaves_the_old_the_new_or_none(
-    tmp_path, quick_disk
-):
-    """Old and new hold as many tokens: only their contents tell them apart."""
-    texts = [f"{text} {i}".encode("ascii", "ignore").decode() for i, text in enumerate(corpus(6))]
-    spec = write_corpus(tmp_path / "a.jsonl", texts)
-    options = {"source": spec, "tokenizer": "byte", "shard_tokens": 700, "val_fraction": 0.2}
-    prepare(**options, out=tmp_path / "old")
-    complete = {"old": files_of(tmp_path / "old")}
-    options |= {"tokenizer": "char", "overwrite": True}
-    moments = run_killer(tmp_path, options)
-    complete["whole"] = files_of(tmp_path / "whole")
-    old, new = DatasetInfo.load(tmp_path / "old"), DatasetInfo.load(tmp_path / "whole")
-    assert [e.tokens for e in old.split("train")] == [e.tokens for e in new.split("train")]
-    assert old.fingerprint("train") != new.fingerprint("train")
-    states = []
-    for moment in moments:
-        out = tmp_path / str(moment)
-        states.append(loads_as(out, complete))
-        prepare(**options, out=out, workers=1)
-        assert loads_as(out, complete) == "whole"
-    assert set(states) == {"old", None, "whole"}
-    assert states == sorted(states, key=["old", None, "whole"].index)
-
-
-def test_kill_9_with_workers_leaves_no_process_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART_BYTES", 20_000)
-    spec = write_corpus(tmp_path / "a.jsonl", corpus(3000))
-    options = {"source": spec, "tokenizer": "char", "shard_tokens": 50_000, "val_fraction": 0.1}
-    code = (
-        "import json, sys, time\n"
-        "from pathlib import Path\n"
-        "from microtron.data import prepare as module, sources\n"
-        "module.Progress.update = lambda self, size: time.sleep(0.1)\n"
-        "module.CHECKPOINT_S, module.POOL_BYTES, sources.PART_BYTES = 0, 0, 20_000\n"
-        "module.prepare(**json.loads(sys.argv[1]), out=Path(sys.argv[2]), workers=2)\n"
-    )
-    prepare(**options, out=tmp_path / "whole")
-    out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options), str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-    deadline = time.monotonic() + 60
-    while not (state := out / WORK / "state.json").exists() or not json.loads(
-            state.read_text())["documents"]:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert children
-    assert not psutil.wait_procs(children, timeout=20)[1], "workers outlive a killed prepare"
-    assert loads_as(out, {"whole": files_of(tmp_path / "whole")}) is None
-    prepare(**options, out=out)
-    assert files_of(out) == files_of(tmp_path / "whole")
-
-
-def test_unfinished_work_of_other_settings_is_refused_by_name(tmp_path):
-    spec = write_corpus(tmp_path / "a.jsonl", [*corpus(), 3])
-    options = {"source": spec, "tokenizer": "byte", "out": tmp_path / "out", "val_fraction": 0.3}
-    assert "line 61" in refusal(**options)
-    assert "tokenizer: byte there, char now" in refusal(**options | {"tokenizer": "char"})
-    assert "line 61" in refusal(**options)
-
-
-@pytest.mark.parametrize("damage", ["spool", "shard", "parts"])
-def test_unfinished_work_that_was_damaged_starts_anew(
-    tmp_path, monkeypatch, quick_disk, damage, capsys
-):
-    monkeypatch.setattr(sources, "PART_BYTES", 700)
-    monkeypatch.setattr(module, "CHECKPOINT_S", 0)
-    (good := corpus()).append("the end")
-    options = {"tokenizer": "byte", "out": tmp_path / "out", "shard_tokens": 900,
-               "source": write_corpus(tmp_path / "a.jsonl", good)}
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Spool, "finish", lambda self: (_ for _ in ()).throw(OSError("pulled")))
-        assert "pulled" in refusal(**options)
-    work = tmp_path / "out" / WORK
-    if damage == "parts":  # as another version might cut them: the position would mean another
-        monkeypatch.setattr(sources, "PART_BYTES", 800)
-    else:
-        path = sorted(work.glob("train_*.spool" if damage == "spool" else "train_*.bin"))[-1]
-        path.write_bytes(path.read_bytes()[:-4])
-    prepare(**options)
-    assert "starting anew" in capsys.readouterr().err
-    prepare(**options | {"out": tmp_path / "whole"})
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-
-
-def test_two_at_once_are_refused(tmp_path):
-    spec = write_corpus(tmp_path / "a.jsonl", corpus())
-    (tmp_path / "out" / WORK).mkdir(parents=True)
-    with open(tmp_path / "out" / WORK / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another `microtron prepare` is writing" in refusal(
-            source=spec, tokenizer="byte", out=tmp_path / "out")
-    prepare(source=spec, tokenizer="byte", out=tmp_path / "out")
-
-
-# -- what goes wrong ------------------------------------------------------------------------------
-
-
-def test_a_full_disk_is_one_line_and_nothing_half_valid(tmp_path):
-    spec = write_corpus(tmp_path / "a.jsonl", corpus(400))
-    options = {"source": spec, "tokenizer": "byte", "shard_tokens": 20_000}
-    code = (
-        "import json, resource, sys\n"
-        "from pathlib import Path\n"
-        "from microtron.data.prepare import prepare\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, 35_000))\n"
-        "prepare(**json.loads(sys.argv[1]), out=Path('out'), workers=1)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(options)], cwd=tmp_path,
-                          capture_output=True, text=True, env=ENV)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1
-    assert "UserError: cannot write the dataset out: File too large; free space" in last
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [WORK]
-    assert not list((tmp_path / "out" / WORK).glob("*.bin*"))
-    prepare(**options, out=tmp_path / "out")
-    prepare(**options, out=tmp_path / "whole")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-
-
-def test_bad_input_is_refused_before_anything_is_written(tmp_path):
-    good = write_corpus(tmp_path / "a.jsonl", corpus())
-    options = {"source": good, "tokenizer": "byte", "out": tmp_path / "out"}
-    empty = write_corpus(tmp_path / "empty.jsonl", ["", ""])
-    for change, told in (
-        ({"source": "nonsense"}, "is not one of: stdlib"),
-        ({"source": f"text:{tmp_path}/*.nothing"}, "matches no file"),
-        ({"source": empty}, "holds no text"),
-        ({"field": "body"}, "has no field 'body'"),
-        ({"tokenizer": "gpt3"}, "not one of byte, char"),
-        ({"val_fraction": 0.0}, "--val-fraction 0.0 is not between 0 and 1"),
-        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
-        ({"shard_tokens": 0}, "--shard-tokens 0"),
-        ({"shard_tokens": 2**31}, "--shard-tokens 2147483648"),
-        ({"workers": 0}, "--workers 0"),
-        ({"max_documents": 0}, "--max-documents 0"),
-        ({"max_bytes": -1}, "--max-bytes -1"),
-    ):
-        assert told in refusal(**options | change)
-        assert not (tmp_path / "out").exists(), told
-    (tmp_path / "file").write_text("in the way")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "cannot write the dataset" in refusal(**options | {"out": out})
-
-
-def test_an_error_in_a_worker_arrives_as_the_same_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "POOL_BYTES", 0)
-    monkeypatch.setattr(sources, "PART_BYTES", 1500)
-    spec = write_corpus(tmp_path / "a.jsonl", [*corpus(), 3])
-    assert "a.jsonl, line 61: field 'text' is int" in refusal(
-        source=spec, tokenizer="byte", out=tmp_path / "out", workers=2)
-
-
-def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(UserError, match="one of 2 worker processes died"):
-        list(workers.run_tasks(os._exit, [3, 3], 2))
-
-
-def test_an_unknown_character_cannot_come_from_the_corpus_itself(tmp_path):
-    """A char tokenizer of another corpus is not mistaken for this one's."""
-    CharTokenizer("xyz").save(tmp_path / "out" / "tokenizer")
-    spec = write_corpus(tmp_path / "a.jsonl", corpus())
-    prepare(source=spec, tokenizer="char", out=tmp_path / "out")
-    assert load_dataset_tokenizer(tmp_path / "out").alphabet != "xyz"
-
-
-# -- the command ----------------------------------------------------------------------------------
-
-
-def run_cli(*arguments, cwd):
-    return subprocess.run([sys.executable, "-m", "microtron.cli", "prepare", *arguments], cwd=cwd,
-                          capture_output=True, text=True, env=ENV)
-
-
-def test_the_command_line(tmp_path):
-    write_corpus(tmp_path / "a.jsonl", corpus())
-    options = ["--source", "jsonl:*.jsonl", "--tokenizer", "byte", "--out", "out"]
-    done = run_cli(*options, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "60 documents in" in done.stdout and "tokens" in done.stdout
-    done = run_cli(*options, "--val-fraction", "0.5", cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: out was prepared with other settings")
-    assert done.stderr.count("\n") == 1
-    done = run_cli("--help", cwd=tmp_path)
-    assert "--shard-tokens" in done.stdout and "Tokens in a shard file" in done.stdout
-
-
-def test_importing_is_light():
-    code = (
-        "import sys, microtron.data.prepare, microtron.data.train_bpe\n"
-        "heavy = {'torch', 'datasets', 'pyarrow', 'tiktoken', 'tokenizers', 'transformers'}\n"
-        "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
-    tmp_path, monkeypatch, capsys, terminal
-):
-    monkeypatch.setattr(prepare_report, "LINE_S", 0)
-    monkeypatch.setattr(sources, "PART_BYTES", 1500)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    spec = write_corpus(tmp_path / "a.jsonl", corpus())
-    prepare(source=spec, tokenizer="byte", out=tmp_path / "out")
-    printed = capsys.readouterr().err
-    assert ("\r" in printed and "100%" in printed) == terminal
-    assert ("MB/s" in printed.splitlines()[-1] and "\r" not in printed) == (not terminal)
 
 
 def test_special_tokens_in_documents_stay_text(tmp_path, bpe):
