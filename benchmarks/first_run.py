@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def one_run(folder: Path, options: list[str]) -> dict[str, float]:
     """Starts the run, reads its console, then its metrics."""
-    command = [str(ROOT / "run_train.sh"), f"--job.dump_folder={folder / 'run'}",
-               f"--data.dirs={folder / 'data'}", *options]
+    command = [
+        str(ROOT / "run_train.sh"),
+        f"--job.dump_folder={folder / 'run'}",
+        f"--data.dirs={folder / 'data'}",
+        *options,
+    ]
     began, first = time.perf_counter(), None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         for line in process.stdout:
@@ -34,10 +38,14 @@ def one_run(folder: Path, options: list[str]) -> dict[str, float]:
     steps = [x for x in lines if "loss" in x]
     validated = [x for x in lines if "val_bpb" in x]
     return {
-        "first_step_s": first, "total_s": time.perf_counter() - began,
-        "training_s": steps[-1]["time_s"], "steps": steps[-1]["step"],
-        "tokens": steps[-1]["tokens"], "loss_first": steps[0]["loss"],
-        "val_bpb": validated[-1]["val_bpb"], "tokens_per_s": steps[-1]["tokens"] / steps[-1]["time_s"],
+        "first_step_s": first,
+        "total_s": time.perf_counter() - began,
+        "training_s": steps[-1]["time_s"],
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "loss_first": steps[0]["loss"],
+        "val_bpb": validated[-1]["val_bpb"],
+        "tokens_per_s": steps[-1]["tokens"] / steps[-1]["time_s"],
         "data_percent_max": max(x["data_percent"] for x in steps[1:]),
     }
 

@@ -38,8 +38,9 @@ def write_dataset(folder: Path, tokens: int) -> None:
             ids[rng.random(ids.size, dtype=np.float32) < 1 / DOCUMENT_TOKENS] = EOT
             shard.write(ids)
     entry = ShardInfo(shard.path.name, shard.tokens, sha256=shard.sha256)
-    DatasetInfo(TokenizerInfo("random", "0" * 16, VOCAB, EOT), "benchmark", "uint16",
-                {"train": [entry]}).save(folder)
+    DatasetInfo(
+        TokenizerInfo("random", "0" * 16, VOCAB, EOT), "benchmark", "uint16", {"train": [entry]}
+    ).save(folder)
 
 
 def measure(loader: TokenLoader, seconds: float, repeats: int) -> list[float]:
@@ -74,28 +75,53 @@ def main() -> None:
         TokenLoader([folder], None, "train", seq_len=1024, batch_size=1, **options)
         verify_s = time.perf_counter() - start
         print(f"first check of {args.tokens / 1e6:.0f} M tokens: {verify_s:.2f} s")
-        print(f"{'seq_len':>8} {'batch':>6} {'positions':>10} {'thread':>10} {'inline':>10}"
-              "   M tokens/s")
+        print(
+            f"{'seq_len':>8} {'batch':>6} {'positions':>10} {'thread':>10} {'inline':>10}"
+            "   M tokens/s"
+        )
         for seq_len in (256, 1024, 2048):
             for batch_size in (1, 8, 32, 128):
                 for positions in (False, True):
                     row = {"seq_len": seq_len, "batch_size": batch_size, "positions": positions}
                     for mode, prefetch in (("thread", 2), ("inline", 0)):
                         loader = TokenLoader(
-                            [folder], None, "train", seq_len=seq_len, batch_size=batch_size,
-                            document_positions=positions, prefetch=prefetch, **options)
+                            [folder],
+                            None,
+                            "train",
+                            seq_len=seq_len,
+                            batch_size=batch_size,
+                            document_positions=positions,
+                            prefetch=prefetch,
+                            **options,
+                        )
                         row[mode] = measure(loader, args.seconds, args.repeats)
                     rows.append(row)
-                    print(f"{seq_len:8} {batch_size:6} {'yes' if positions else 'no':>10} "
-                          f"{max(row['thread']) / 1e6:10.0f} {max(row['inline']) / 1e6:10.0f}")
+                    print(
+                        f"{seq_len:8} {batch_size:6} {'yes' if positions else 'no':>10} "
+                        f"{max(row['thread']) / 1e6:10.0f} {max(row['inline']) / 1e6:10.0f}"
+                    )
     if args.out:
-        args.out.write_text(json.dumps({
-            "unit": "tokens per second and process", "rows": rows, "verify_s": verify_s,
-            "tokens": args.tokens, "dtype": "uint16", "document_tokens": DOCUMENT_TOKENS,
-            "microtron": microtron.__version__, "torch": torch.__version__,
-            "numpy": np.__version__, "python": platform.python_version(),
-            "platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
-        }, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(
+                {
+                    "unit": "tokens per second and process",
+                    "rows": rows,
+                    "verify_s": verify_s,
+                    "tokens": args.tokens,
+                    "dtype": "uint16",
+                    "document_tokens": DOCUMENT_TOKENS,
+                    "microtron": microtron.__version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    "processor": _processor(),
+                    "cores": os.cpu_count(),
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 def _processor() -> str:

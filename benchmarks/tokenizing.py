@@ -103,24 +103,46 @@ def main():
             tokens = sum(made.encode_array(text).size for text in texts)
             rate = size / 1e6 / min(seconds)
             print(f"{label:16} {made.vocab_size:10,} {size / tokens:12.2f} {rate:14.1f}")
-            rows.append({"what": "tokenize", "tokenizer": label, "vocab_size": made.vocab_size,
-                         "bytes": size, "tokens": tokens, "cpu_s": seconds, "mb_per_s": rate})
+            rows.append(
+                {
+                    "what": "tokenize",
+                    "tokenizer": label,
+                    "vocab_size": made.vocab_size,
+                    "bytes": size,
+                    "tokens": tokens,
+                    "cpu_s": seconds,
+                    "mb_per_s": rate,
+                }
+            )
         print(f"\n{'prepare':16} {'workers':>10} {'MB':>12} {'MB/s':>14}")
         for label, spec in (("byte", "byte"), ("bpe", str(folder / "bpe"))):
             for workers in sorted({1, os.cpu_count() or 1}):
-                total, seconds = run_prepare(
-                    folder, options.source, spec, workers, options.repeats)
+                total, seconds = run_prepare(folder, options.source, spec, workers, options.repeats)
                 rate = total / 1e6 / min(seconds)
                 print(f"{label:16} {workers:10} {total / 1e6:12.1f} {rate:14.1f}")
-                rows.append({"what": "prepare", "tokenizer": label, "workers": workers,
-                             "bytes": total, "wall_s": seconds, "mb_per_s": rate})
+                rows.append(
+                    {
+                        "what": "prepare",
+                        "tokenizer": label,
+                        "workers": workers,
+                        "bytes": total,
+                        "wall_s": seconds,
+                        "mb_per_s": rate,
+                    }
+                )
                 if total < 2 * POOL_BYTES:
                     break  # prepare takes one process for so little
     if options.out:
         result = {
-            "source": options.source, "repeats": options.repeats, "rows": rows,
-            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(),
-                        "processor": processor(), "python": platform.python_version()},
+            "source": options.source,
+            "repeats": options.repeats,
+            "rows": rows,
+            "machine": {
+                "platform": platform.platform(),
+                "cpus": os.cpu_count(),
+                "processor": processor(),
+                "python": platform.python_version(),
+            },
             "versions": {"microtron": microtron.__version__}
             | {package: version(package) for package in PACKAGES},
         }

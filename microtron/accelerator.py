@@ -85,8 +85,10 @@ def _seen_as_accelerator() -> Iterator[None]:
     find = torch._utils._get_device_module
     with (
         mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
-        mock.patch("torch._utils._get_device_module",
-                   lambda kind: CpuDevice() if kind == "cpu" else find(kind)),
+        mock.patch(
+            "torch._utils._get_device_module",
+            lambda kind: CpuDevice() if kind == "cpu" else find(kind),
+        ),
     ):
         yield
 

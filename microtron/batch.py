@@ -23,5 +23,6 @@ def model_inputs(
         backend = resolve_backend(args.attn_backend, tokens.device.type)
         extra["positions"] = positions
         extra["attention_masks"] = build_masks(
-            backend, tokens.shape[1], args.window, tokens.device, positions)
+            backend, tokens.shape[1], args.window, tokens.device, positions
+        )
     return tokens, extra

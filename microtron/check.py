@@ -31,7 +31,8 @@ RULES: dict[str, Rule] = {
     "training.local_batch_size": _POSITIVE,
     "training.global_batch_size": (
         lambda v: v == -1 or v >= 1,
-        "give a number of sequences, or -1 for one micro-batch a rank"),
+        "give a number of sequences, or -1 for one micro-batch a rank",
+    ),
     "training.gc_freq": _POSITIVE,
     "training.max_norm": (lambda v: v > 0, "give a number above 0 (1e9: off)"),
     "training.enable_cpu_offload": _ON_CUDA,
@@ -42,42 +43,60 @@ RULES: dict[str, Rule] = {
     "optimizer.beta2": (lambda v: 0 <= v < 1, "give a number from 0 to below 1"),
     "optimizer.eps": (lambda v: v > 0, "give a number above 0, such as 1e-8"),
     "optimizer.early_step_in_backward": (
-        lambda v: not v, "the gradient is clipped before the step; leave it out"),
+        lambda v: not v,
+        "the gradient is clipped before the step; leave it out",
+    ),
     "lr_scheduler.warmup_steps": (lambda v: v >= 0, "give 0 or more steps"),
     "lr_scheduler.total_steps": (
-        lambda v: v is None or v >= 1, "give a positive number, or leave it out"),
+        lambda v: v is None or v >= 1,
+        "give a positive number, or leave it out",
+    ),
     "lr_scheduler.decay_ratio": (
-        lambda v: v is None or 0 <= v <= 1, "give the share of the steps that decays, from 0 to 1"),
+        lambda v: v is None or 0 <= v <= 1,
+        "give the share of the steps that decays, from 0 to 1",
+    ),
     "lr_scheduler.min_lr_factor": (
-        lambda v: 0 <= v <= 1, "give the share of the learning rate that is left, from 0 to 1"),
+        lambda v: 0 <= v <= 1,
+        "give the share of the learning rate that is left, from 0 to 1",
+    ),
     "activation_checkpoint.selective_ac_option": (
-        lambda v: v == "op" or v.isdecimal() and int(v) > 0, "give op, or n for every n-th layer"),
+        lambda v: v == "op" or v.isdecimal() and int(v) > 0,
+        "give op, or n for every n-th layer",
+    ),
     "checkpoint.interval": _POSITIVE,
     "checkpoint.load_step": (lambda v: v >= -1, "give a step, or -1 for the newest"),
     "checkpoint.keep_latest_k": (
-        lambda v: v == 0 or v >= 2, "keep 2 or more (one may be half-written), or 0 for all"),
+        lambda v: v == 0 or v >= 2,
+        "keep 2 or more (one may be half-written), or 0 for all",
+    ),
     "checkpoint.async_mode": (
         lambda v: v != "async_with_pinned_mem" or DEVICE_TYPE == "cuda",
-        "it needs CUDA; use async"),
+        "it needs CUDA; use async",
+    ),
     "metrics.log_freq": _POSITIVE,
     "metrics.enable_wandb": (
         lambda v: not v or importlib.util.find_spec("wandb") is not None,
-        "wandb is not installed: pip install wandb"),
+        "wandb is not installed: pip install wandb",
+    ),
     "profiling.enable_memory_snapshot": (
         lambda v: not v or DEVICE_TYPE == "cuda",
-        "it records the CUDA allocator; leave it out on CPU"),
+        "it records the CUDA allocator; leave it out on CPU",
+    ),
     "validation.freq": _POSITIVE,
     "validation.seq_len": (lambda v: v >= 1, "give a positive number, or -1 for training.seq_len"),
     "validation.local_batch_size": _POSITIVE,
     "validation.val_tokens": (
-        lambda v: v == -1 or v > 0, "give a number of tokens, or -1 for the whole split"),
+        lambda v: v == -1 or v > 0,
+        "give a number of tokens, or -1 for the whole split",
+    ),
     "debug.seed": (lambda v: 0 <= v < 2**63, "give a number from 0 to 2^63 - 1"),
     "data.val_fraction": (lambda v: 0 < v < 1, "give a share between 0 and 1"),
     "data.prefetch": (lambda v: v >= 0, "give 0 or more batches"),
     "data.eot_id": (lambda v: v >= -1, "give a token id, or -1 for the dataset's own"),
     "data.weights": (
         lambda v: all(w >= 0 for w in v) and (not v or sum(v) > 0),
-        "give each folder a share of 0 or more, one of them above 0"),
+        "give each folder a share of 0 or more, one of them above 0",
+    ),
     "sample.freq": (lambda v: v >= 0, "give a number of steps, or 0 for never"),
     "sample.tokens": _POSITIVE,
     "sample.temperature": (lambda v: v >= 0, "give 0 (greedy) or more"),
@@ -86,17 +105,32 @@ RULES: dict[str, Rule] = {
     "comm.train_timeout_seconds": _POSITIVE,
     "model.args.attn_backend": (
         lambda v: v != "flex" or DEVICE_TYPE == "cuda",
-        "FlexAttention trains on CUDA only; use sdpa"),
+        "FlexAttention trains on CUDA only; use sdpa",
+    ),
 }
 # TorchTitan's options that mean nothing here: set, they would be passed over or fail late.
 NOT_HERE = (
-    "job.custom_config_module", "model.converters", "model.tokenizer_path", "quantize",
-    "training.dataset", "training.dataset_path", "training.dataloader",
-    "checkpoint.initial_load_in_hf", "checkpoint.initial_load_in_hf_quantized",
-    "checkpoint.last_save_in_hf", "checkpoint.create_seed_checkpoint",
-    "checkpoint.enable_ft_dataloader_checkpoints", "comm.mode", "memory_estimation",
-    "fault_tolerance", "experimental", "validation.dataset", "validation.dataset_path",
-    "validation.steps", "validation.dataloader", "debug.moe_force_load_balance",
+    "job.custom_config_module",
+    "model.converters",
+    "model.tokenizer_path",
+    "quantize",
+    "training.dataset",
+    "training.dataset_path",
+    "training.dataloader",
+    "checkpoint.initial_load_in_hf",
+    "checkpoint.initial_load_in_hf_quantized",
+    "checkpoint.last_save_in_hf",
+    "checkpoint.create_seed_checkpoint",
+    "checkpoint.enable_ft_dataloader_checkpoints",
+    "comm.mode",
+    "memory_estimation",
+    "fault_tolerance",
+    "experimental",
+    "validation.dataset",
+    "validation.dataset_path",
+    "validation.steps",
+    "validation.dataloader",
+    "debug.moe_force_load_balance",
 )
 
 
@@ -106,6 +140,7 @@ def check(job: JobConfig) -> None:
     Raises:
         UserError: with the field, the value and the remedy.
     """
+
     def require(ok: bool, name: str, remedy: str) -> None:
         if not ok:
             value = operator.attrgetter(name)(job)
@@ -116,32 +151,55 @@ def check(job: JobConfig) -> None:
         if f"{name}.".startswith(tuple(f"{n}." for n in NOT_HERE)):
             require(value == defaults[name], name, "microtron has no such option; leave it out")
         numbers = value if isinstance(value, list) else [value]
-        require(all(math.isfinite(n) for n in numbers if isinstance(n, float)), name,
-                "give a finite number")
+        require(
+            all(math.isfinite(n) for n in numbers if isinstance(n, float)),
+            name,
+            "give a finite number",
+        )
     for name, (right, remedy) in RULES.items():
         require(right(operator.attrgetter(name)(job)), name, remedy)
     resolved_args(job)
     data, validation, profiling = job.data, job.validation, job.profiling
-    require(bool(data.dirs) or data.mock, "data.dirs",
-            "name a dataset folder made by `microtron prepare`, or set data.mock = true")
-    require(not data.weights or len(data.weights) == len(data.dirs), "data.weights",
-            f"give one weight for each of the {len(data.dirs)} folders in data.dirs")
-    require(not (validation.enable and data.mock), "validation.enable",
-            "random tokens (data.mock) have no validation split; leave out one of the two")
-    require(validation.val_target is None or validation.enable, "validation.val_target",
-            "set validation.enable = true, or there is no loss to compare with")
+    require(
+        bool(data.dirs) or data.mock,
+        "data.dirs",
+        "name a dataset folder made by `microtron prepare`, or set data.mock = true",
+    )
+    require(
+        not data.weights or len(data.weights) == len(data.dirs),
+        "data.weights",
+        f"give one weight for each of the {len(data.dirs)} folders in data.dirs",
+    )
+    require(
+        not (validation.enable and data.mock),
+        "validation.enable",
+        "random tokens (data.mock) have no validation split; leave out one of the two",
+    )
+    require(
+        validation.val_target is None or validation.enable,
+        "validation.val_target",
+        "set validation.enable = true, or there is no loss to compare with",
+    )
     total, steps = job.lr_scheduler.total_steps, job.training.steps
-    require(total is None or total >= steps, "lr_scheduler.total_steps",
-            f"give at least training.steps = {steps}, or leave it out")
+    require(
+        total is None or total >= steps,
+        "lr_scheduler.total_steps",
+        f"give at least training.steps = {steps}, or leave it out",
+    )
     shortest = profiling.profiler_active + profiling.profiler_warmup
-    require(not profiling.enable_profiling or profiling.profile_freq >= shortest,
-            "profiling.profile_freq",
-            f"give at least profiler_active + profiler_warmup = {shortest} steps")
+    require(
+        not profiling.enable_profiling or profiling.profile_freq >= shortest,
+        "profiling.profile_freq",
+        f"give at least profiler_active + profiler_warmup = {shortest} steps",
+    )
     if job.compile.enable:
         import torch
 
-        require(job.compile.backend in torch.compiler.list_backends(None), "compile.backend",
-                f"choose one of {', '.join(torch.compiler.list_backends())}")
+        require(
+            job.compile.backend in torch.compiler.list_backends(None),
+            "compile.backend",
+            f"choose one of {', '.join(torch.compiler.list_backends())}",
+        )
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

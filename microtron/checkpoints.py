@@ -1,9 +1,10 @@
 """Which checkpoint to resume from, and what must agree before it is.
 
-TorchTitan's CheckpointManager writes and reads the steps (DCP). This page adds what it leaves open: a step
-folder counts only when its metadata is there and every shard is as long as the metadata says, others are
-skipped with a line; a step is never written into an older attempt's folder (a kill would leave old metadata
-beside new shards); and each step carries its architecture, compared before anything is loaded.
+TorchTitan's CheckpointManager writes and reads the steps (DCP). This page adds what it leaves open:
+a step folder counts only when its metadata is there and every shard is as long as the metadata
+says, others are skipped with a line; a step is never written into an older attempt's folder (a kill
+would leave old metadata beside new shards); and each step carries its architecture, compared before
+anything is loaded.
 """
 
 import contextlib
@@ -27,8 +28,17 @@ log = logging.getLogger("microtron")
 IDENTITY = "microtron.json"
 # Fields that change how a step is computed or trained, not what the weights mean.
 NOT_ARCHITECTURE = {
-    "attn_backend", "experts_backend", "load_balance", "aux_loss_coef", "balance_stats",
-    "router_z_loss_coef", "bias_update_rate", "z_loss", "loss_chunk_tokens", "embed_std", "init_scale",
+    "attn_backend",
+    "experts_backend",
+    "load_balance",
+    "aux_loss_coef",
+    "balance_stats",
+    "router_z_loss_coef",
+    "bias_update_rate",
+    "z_loss",
+    "loss_chunk_tokens",
+    "embed_std",
+    "init_scale",
 }
 
 
@@ -36,8 +46,11 @@ def steps_in(folder: Path) -> dict[int, Path]:
     """step -> its folder, complete or not, in ascending order."""
     if not folder.is_dir():
         return {}
-    found = {int(m[1]): p for p in folder.iterdir()
-             if p.is_dir() and (m := re.fullmatch(r"step-(\d+)", p.name))}
+    found = {
+        int(m[1]): p
+        for p in folder.iterdir()
+        if p.is_dir() and (m := re.fullmatch(r"step-(\d+)", p.name))
+    }
     return dict(sorted(found.items()))
 
 
@@ -49,7 +62,9 @@ def problem_with(step_folder: Path) -> str | None:
         metadata = FileSystemReader(step_folder).read_metadata()
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+            ends[info.relative_path] = max(
+                ends.get(info.relative_path, 0), info.offset + info.length
+            )
     except Exception as error:  # whatever unpickling damaged bytes raises
         return f"unreadable .metadata ({type(error).__name__})"
     for name, end in ends.items():
@@ -68,16 +83,20 @@ def choose_step(folder: Path, wanted: int = -1) -> int:
         UserError: ``wanted`` is missing or broken, or ``folder`` is no folder.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and checkpoints go there: move it away or choose "
-                        "another --checkpoint.folder")
+        raise UserError(
+            f"{folder} is a file, and checkpoints go there: move it away or choose "
+            "another --checkpoint.folder"
+        )
     steps = steps_in(folder)
     if wanted != -1:
         problem = problem_with(steps[wanted]) if wanted in steps else "not there"
         if problem:
             known = ", ".join(map(str, steps))
             remedy = f"name one of {known} or leave it out" if steps else "leave it out"
-            raise UserError(f"checkpoint.load_step = {wanted} cannot be loaded: "
-                            f"{folder}/step-{wanted} is {problem}; {remedy}")
+            raise UserError(
+                f"checkpoint.load_step = {wanted} cannot be loaded: "
+                f"{folder}/step-{wanted} is {problem}; {remedy}"
+            )
         return wanted
     for step, path in reversed(steps.items()):
         problem = problem_with(path)
@@ -98,15 +117,18 @@ def set_aside(folder: Path, after: int) -> None:
 
 
 def clear(step_folder: Path) -> None:
-    """Removes an older attempt at a step, metadata first, so that a kill leaves nothing that loads."""
+    """Removes an older attempt at a step, metadata first: a kill leaves nothing that loads."""
     (step_folder / ".metadata").unlink(missing_ok=True)
     shutil.rmtree(step_folder, ignore_errors=True)
 
 
-def write_identity(step_folder: Path, args: ModelArgs, run: dict[str, object]) -> None:
+def write_identity(
+    step_folder: Path, args: ModelArgs, job: object, facts: dict[str, object]
+) -> None:
     """Writes the architecture and the run's facts beside the shards, before they are written."""
+    run = {"flavor": job.model.flavor, "data": job.data.dirs, "seq_len": job.training.seq_len}
     step_folder.mkdir(parents=True, exist_ok=True)
-    identity = {"model_args": dataclasses.asdict(args), **run}
+    identity = {"model_args": dataclasses.asdict(args), **run, **facts}
     (step_folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
 
 
@@ -121,15 +143,21 @@ def check_identity(step_folder: Path, args: ModelArgs) -> None:
     except FileNotFoundError:
         return  # written by another tool; DCP compares the shapes
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {step_folder / IDENTITY} ({type(error).__name__}: {error}); "
-                        "move the step away or restore the file") from None
+        raise UserError(
+            f"cannot read {step_folder / IDENTITY} ({type(error).__name__}: {error}); "
+            "move the step away or restore the file"
+        ) from None
     now = dataclasses.asdict(args)
-    differing = [f"{k} {saved[k]!r} there, {now[k]!r} here" for k in now
-                 if k in saved and k not in NOT_ARCHITECTURE and saved[k] != now[k]]
+    differing = [
+        f"{k} {saved[k]!r} there, {now[k]!r} here"
+        for k in now
+        if k in saved and k not in NOT_ARCHITECTURE and saved[k] != now[k]
+    ]
     if differing:
         raise UserError(
-            f"{step_folder} holds another architecture ({'; '.join(differing)}): set these fields back, or "
-            "choose another --job.dump_folder")
+            f"{step_folder} holds another architecture ({'; '.join(differing)}): set these "
+            "fields back, or choose another --job.dump_folder"
+        )
 
 
 def check_initial(step_folder: Path, args: ModelArgs) -> None:
@@ -140,8 +168,10 @@ def check_initial(step_folder: Path, args: ModelArgs) -> None:
     """
     problem = problem_with(step_folder) if step_folder.is_dir() else "not there"
     if problem:
-        raise UserError(f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: name a "
-                        "whole checkpoint/step-N folder")
+        raise UserError(
+            f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: name a "
+            "whole checkpoint/step-N folder"
+        )
     check_identity(step_folder, args)
 
 
@@ -159,7 +189,8 @@ def saving(step_folder: Path) -> Iterator[None]:
         raise UserError(
             f"could not save {step_folder} ({_cause(error)}): free the disk, or move the run to "
             "another, and run the same command again; newest whole step: "
-            f"{whole[-1] if whole else 'there is none'}") from error
+            f"{whole[-1] if whole else 'there is none'}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -177,9 +208,11 @@ def loading(step_folder: Path) -> Iterator[None]:
         cause = _cause(error)
         remedy = "move it away to go on from an older step"
         if "Missing key" in cause:
-            remedy = ("a run with other options saved it (checkpoint.last_save_model_only, "
-                      "model.args.load_balance): set them back, or start in another "
-                      "--job.dump_folder with --checkpoint.initial_load_path")
+            remedy = (
+                "a run with other options saved it (checkpoint.last_save_model_only, "
+                "model.args.load_balance): set them back, or start in another "
+                "--job.dump_folder with --checkpoint.initial_load_path"
+            )
         raise UserError(f"cannot load the checkpoint {step_folder} ({cause}): {remedy}") from error
 
 

@@ -14,8 +14,14 @@ from microtron.errors import UserError, unboxed
 
 # command -> (module:function, one line of help). The function's arguments are its options (tyro).
 COMMANDS: dict[str, tuple[str, str]] = {
-    "prepare": ("microtron.data.prepare:prepare", "documents -> token shards (.bin + dataset.json)"),
-    "train-bpe": ("microtron.data.train_bpe:train_bpe", "train a byte-level BPE tokenizer on documents"),
+    "prepare": (
+        "microtron.data.prepare:prepare",
+        "documents -> token shards (.bin + dataset.json)",
+    ),
+    "train-bpe": (
+        "microtron.data.train_bpe:train_bpe",
+        "train a byte-level BPE tokenizer on documents",
+    ),
 }
 
 
@@ -23,8 +29,10 @@ def usage() -> str:
     """The list of commands, one a line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "usage: microtron COMMAND [OPTIONS]\n\ncommands:\n" + "\n".join(lines) + (
-        "\n\n`microtron COMMAND --help` explains the options; ./run_train.sh trains."
+    return (
+        "usage: microtron COMMAND [OPTIONS]\n\ncommands:\n"
+        + "\n".join(lines)
+        + ("\n\n`microtron COMMAND --help` explains the options; ./run_train.sh trains.")
     )
 
 
@@ -48,8 +56,9 @@ def bind(function: Callable[..., object], command: str, argv: list[str]) -> Call
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{unboxed(told.getvalue())} (`microtron {command} --help` explains the "
-                        "options)") from None
+        raise UserError(
+            f"{unboxed(told.getvalue())} (`microtron {command} --help` explains the options)"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,10 @@
 """What microtron adds to TorchTitan's JobConfig, and how a TOML and a command line become one.
 
-TorchTitan merges the ``JobConfig`` below into its own (``[job] custom_config_module``). ``[data]`` and
-``[sample]`` are new; a few of TorchTitan's own sections get more fields or better defaults here.
-``[model.args]`` holds every field of ModelArgs, generated from it. Values are checked before anything
-is built, each mistake told in one line (`check.py`). See all options: ``./run_train.sh --help``.
+TorchTitan merges the ``JobConfig`` below into its own (``[job] custom_config_module``). ``[data]``
+and ``[sample]`` are new; a few of TorchTitan's own sections get more fields or better defaults
+here. ``[model.args]`` holds every field of ModelArgs, generated from it. Values are checked before
+anything is built, each mistake told in one line (`check.py`). See all options: ``./run_train.sh
+--help``.
 """
 
 import dataclasses
@@ -105,7 +106,9 @@ class Data:
     weights: list[float] = field(default_factory=list)
     """Share of each folder in the mixture; empty: by equal shares."""
     source: str = ""
-    """Where a missing dirs[0] is prepared from: stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB, hf:NAME."""
+    """Where a missing dirs[0] is prepared from: stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB,
+    hf:NAME.
+    """
     tokenizer: str = "byte"
     """byte, char, gpt2, o200k_harmony, or the path of a tokenizer.json."""
     text_field: str = "text"

@@ -38,8 +38,11 @@ def non_finite(
     weights = [n for n, p in named if _bad(p)]
     gradients = [n for n, p in named if _bad(p.grad)]
     first: list[str] = []
-    hooks = [m.register_forward_hook(_watch(plain_name(n), first))
-             for n, m in model.named_modules() if n and not list(m.children())]
+    hooks = [
+        m.register_forward_hook(_watch(plain_name(n), first))
+        for n, m in model.named_modules()
+        if n and not list(m.children())
+    ]
     try:
         with torch.no_grad():
             forward()
@@ -51,15 +54,17 @@ def non_finite(
     told += [f"first bad output of {first[0]}"] if first else []
     told += [f"gradients {_some(gradients)}"] if gradients else []
     return NonFinite(
-        f"step {step} is not finite ({'; '.join(told)}). Nothing of it was saved; resume from the last "
-        "checkpoint with a lower optimizer.lr, a longer warm-up or a smaller training.max_norm")
+        f"step {step} is not finite ({'; '.join(told)}). Nothing of it was saved; resume from the "
+        "last checkpoint with a lower optimizer.lr, a longer warm-up or a smaller training.max_norm"
+    )
 
 
 def _watch(name: str, first: list[str]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         leaves = output if isinstance(output, tuple) else (output,)
-        if not first and any(isinstance(t, torch.Tensor) and t.is_floating_point() and _bad(t)
-                             for t in leaves):
+        if not first and any(
+            isinstance(t, torch.Tensor) and t.is_floating_point() and _bad(t) for t in leaves
+        ):
             first.append(name)
 
     return hook

@@ -5,7 +5,6 @@ A ``UserError`` carries a single line: the value, why it is refused, and the rem
 traceback. It is a ``ValueError`` so that library users can catch it without knowing this package.
 """
 
-
 import re
 
 

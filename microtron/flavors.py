@@ -17,22 +17,41 @@ def _debug() -> ModelArgs:
 def _gpt_oss_656m() -> ModelArgs:
     """A quarter of a gpt-oss-20b layer's width squared, 8 experts: 651M without embeddings."""
     return ModelArgs(
-        dim=1440, n_layers=12, n_heads=16, n_kv_heads=8, head_dim=64, vocab_size=GPT2_VOCAB,
-        num_experts=8, top_k=4, expert_dim=1440, window=128, embed_std=0.02,
+        dim=1440,
+        n_layers=12,
+        n_heads=16,
+        n_kv_heads=8,
+        head_dim=64,
+        vocab_size=GPT2_VOCAB,
+        num_experts=8,
+        top_k=4,
+        expert_dim=1440,
+        window=128,
+        embed_std=0.02,
     )
 
 
 def _gpt_oss_656m_dense() -> ModelArgs:
-    """The dense twin: the same FLOPs a token, one feed-forward as wide as the four active experts.
-    """
+    """The dense twin: the same FLOPs a token, one feed-forward as wide as the active experts."""
     return _gpt_oss_656m().override({"num_experts": 0, "hidden_dim": 4 * 1440})
 
 
 def _gpt_oss(n_layers: int, num_experts: int) -> ModelArgs:
     return ModelArgs(
-        dim=2880, n_layers=n_layers, n_heads=64, n_kv_heads=8, head_dim=64,
-        vocab_size=O200K_HARMONY_VOCAB, num_experts=num_experts, top_k=4, expert_dim=2880,
-        window=128, rope_theta=150000.0, rope_factor=32.0, rope_original_len=4096, embed_std=0.02,
+        dim=2880,
+        n_layers=n_layers,
+        n_heads=64,
+        n_kv_heads=8,
+        head_dim=64,
+        vocab_size=O200K_HARMONY_VOCAB,
+        num_experts=num_experts,
+        top_k=4,
+        expert_dim=2880,
+        window=128,
+        rope_theta=150000.0,
+        rope_factor=32.0,
+        rope_original_len=4096,
+        embed_std=0.02,
     )
 
 

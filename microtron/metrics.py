@@ -13,12 +13,12 @@ import math
 import time
 from pathlib import Path
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
-
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 
 log = logging.getLogger("microtron")
 
@@ -96,7 +96,13 @@ class RunMetrics(MetricsProcessor):
                 f.write(json.dumps(entry) + "\n")
 
     def log_step(
-        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, time_s: float,
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        time_s: float,
         extra: dict[str, object],
     ) -> None:
         """One training line, over the steps since the last one."""
@@ -106,10 +112,18 @@ class RunMetrics(MetricsProcessor):
         data = 100 * sum(self.data_loading_times) / max(self.train_s, 1e-9)
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         entry = {
-            "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
-            "tps": round(tps, 1), "mfu": round(100 * flops / self.gpu_peak_flops, 3),
-            "tflops": round(flops / 1e12, 5), "memory_gib": round(memory, 3),
-            "time_s": round(time_s, 3), "data_percent": round(data, 3), **extra,
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tps": round(tps, 1),
+            "mfu": round(100 * flops / self.gpu_peak_flops, 3),
+            "tflops": round(flops / 1e12, 5),
+            "memory_gib": round(memory, 3),
+            "time_s": round(time_s, 3),
+            "data_percent": round(data, 3),
+            **extra,
         }
         self.write(entry)
         left = (self.steps - step) * self.train_s / max(self.steps_since_line, 1)
@@ -119,7 +133,8 @@ class RunMetrics(MetricsProcessor):
         log.info(
             f"step {step:>{width}}/{self.steps} | loss {loss:.4f} | grad {grad_norm:.2f} | "
             f"lr {lr:.2e}{load} | {tps:,.0f} tok/s | mfu {entry['mfu']:.1f}% | "
-            f"{memory:.2f} GiB | {clock(time_s)} (left {clock(left)})")
+            f"{memory:.2f} GiB | {clock(time_s)} (left {clock(left)})"
+        )
         self.ntokens_since_last_log, self.train_s, self.steps_since_line = 0, 0.0, 0
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
@@ -132,8 +147,9 @@ class RunMetrics(MetricsProcessor):
         entry = {"step": step, "val_loss": loss, "val_bpb": bpb, "val_tokens": tokens}
         self.write({k: v for k, v in entry.items() if v is not None})
         told = f" | {bpb:.4f} bits per byte" if bpb is not None else ""
-        log.info(f"step {step} | validation loss {loss:.4f}{told} | {tokens:,} tokens in "
-                 f"{seconds:.1f} s")
+        log.info(
+            f"step {step} | validation loss {loss:.4f}{told} | {tokens:,} tokens in {seconds:.1f} s"
+        )
         return entry
 
 

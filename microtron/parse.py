@@ -1,8 +1,8 @@
 """A TOML file and a command line become one checked JobConfig, or one line that says why not.
 
-TorchTitan's ConfigManager does the merging (command line over TOML over defaults). Before it runs, names
-and types are checked here, so that a typo is told with the name that was probably meant; after it,
-`resolve` replaces every ``auto`` and `check.py` looks at the values.
+TorchTitan's ConfigManager does the merging (command line over TOML over defaults). Before it runs,
+names and types are checked here, so that a typo is told with the name that was probably meant;
+after it, `resolve` replaces every ``auto`` and `check.py` looks at the values.
 """
 
 import contextlib
@@ -57,11 +57,15 @@ def read_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as f:
             return tomli.load(f)
     except OSError as error:
-        raise UserError(f"cannot read the run's TOML {path!r}: {error.strerror}; "
-                        "train_configs/ holds ready ones") from None
+        raise UserError(
+            f"cannot read the run's TOML {path!r}: {error.strerror}; "
+            "train_configs/ holds ready ones"
+        ) from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}; mend that place, or start from one of those "
-                        "in train_configs/") from None
+        raise UserError(
+            f"{path} is not TOML: {error}; mend that place, or start from one of those "
+            "in train_configs/"
+        ) from None
 
 
 def option_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -107,15 +111,20 @@ def check_arguments(argv: list[str], known: dict[str, Any]) -> dict[str, str]:
             values[waiting] = argument if before is None else f"{before},{argument}"
             waiting = waiting if typing.get_origin(known[waiting]) is list else ""
         else:
-            raise UserError(f"argument {argument!r} belongs to no option: write "
-                            "--section.key=value, and the items of a list with commas between them")
+            raise UserError(
+                f"argument {argument!r} belongs to no option: write "
+                "--section.key=value, and the items of a list with commas between them"
+            )
     for name, value in values.items():
         if value is None:
-            raise UserError(f"option --{name} has no value: write --{name}=..., "
-                            f"{describe(known[name])} is expected")
+            raise UserError(
+                f"option --{name} has no value: write --{name}=..., "
+                f"{describe(known[name])} is expected"
+            )
         if not any(matches(reading, known[name]) for reading in _readings(value)):
-            raise UserError(f"option --{name}={value} is refused: "
-                            f"{describe(known[name])} is expected")
+            raise UserError(
+                f"option --{name}={value} is refused: {describe(known[name])} is expected"
+            )
     return values
 
 
@@ -176,14 +185,17 @@ def check_table(table: dict[str, Any], known: dict[str, Any], file: str, prefix:
         if name in known:
             expected = known[name]
             if not matches(value, expected):
-                raise UserError(f"{file}: {name} = {value!r} is refused: "
-                                f"{describe(expected)} is expected")
+                raise UserError(
+                    f"{file}: {name} = {value!r} is refused: {describe(expected)} is expected"
+                )
         elif any(k.startswith(name + ".") for k in known) and isinstance(value, dict):
             check_table(value, known, file, name + ".")
         else:
             if any(k.startswith(name + ".") for k in known):
-                raise UserError(f"{file}: {name} = {value!r} is a section, not a key: write "
-                                f"[{name}] and its keys below it")
+                raise UserError(
+                    f"{file}: {name} = {value!r} is a section, not a key: write "
+                    f"[{name}] and its keys below it"
+                )
             kind = "section" if isinstance(value, dict) else "key"
             near = {k.rsplit(".", 1)[0] for k in known} if kind == "section" else known
             raise UserError(f"{file}: there is no {kind} {name}{closest(name, near)}")

@@ -9,11 +9,21 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from microtron.accelerator import DEVICE_TYPE
+
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
+from torchtitan.tools.profiling import maybe_enable_memory_snapshot
 
 log = logging.getLogger("microtron")
+
+
+@contextlib.contextmanager
+def profilers(options: object, folder: Path, step: int) -> Iterator[list]:
+    """What to step after each training step: traces, and TorchTitan's CUDA memory snapshots."""
+    snapshots = maybe_enable_memory_snapshot(options, global_step=step, base_folder=str(folder))
+    with traces(options, folder) as running, snapshots as memory:
+        yield running + ([memory] if memory else [])
 
 
 @contextlib.contextmanager
@@ -23,7 +33,7 @@ def traces(options: object, folder: Path) -> Iterator[list[profile]]:
         yield []
         return
     activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    activities += [ProfilerActivity.CUDA] if DEVICE_TYPE == "cuda" else []
     active, warmup = options.profiler_active, options.profiler_warmup
 
     def write(profiler: profile) -> None:
@@ -34,7 +44,11 @@ def traces(options: object, folder: Path) -> Iterator[list[profile]]:
         log.info(f"profiler trace {path}")
 
     with profile(
-        activities=activities, on_trace_ready=write, record_shapes=True,
-        schedule=schedule(wait=options.profile_freq - active - warmup, warmup=warmup, active=active),
+        activities=activities,
+        on_trace_ready=write,
+        record_shapes=True,
+        schedule=schedule(
+            wait=options.profile_freq - active - warmup, warmup=warmup, active=active
+        ),
     ) as profiler:
         yield [profiler]

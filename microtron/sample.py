@@ -9,8 +9,15 @@ from torch import nn
 
 @torch.no_grad()
 def sample(
-    model: nn.Module, tokenizer: object, prompt: str, *, tokens: int, length: int,
-    temperature: float, top_k: int, seed: int,
+    model: nn.Module,
+    tokenizer: object,
+    prompt: str,
+    *,
+    tokens: int,
+    length: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
 ) -> str:
     """Continues ``prompt`` by up to ``tokens`` tokens; stops at the tokenizer's document separator.
 

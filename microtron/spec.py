@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
-
 from torch import nn
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
+from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec
 
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.config import overrides, resolved_args
 from microtron.data.loader import MockLoader, TokenLoader
 from microtron.data.tokenizers import Tokenizer, load_dataset_tokenizer
@@ -37,8 +37,10 @@ class PluggedArgs(ModelArgs):
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, float]:
         """Parameters (counted twice, by formula and by module) and training FLOPs a token."""
-        return (accounting.check(model, self).total,
-                sum(accounting.flops_per_token(self, seq_len).values()))
+        return (
+            accounting.check(model, self).total,
+            sum(accounting.flops_per_token(self, seq_len).values()),
+        )
 
 
 class Flavors(Mapping):
@@ -67,8 +69,9 @@ def build_tokenizer(job: JobConfig) -> Tokenizer | None:
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         rounded = -(-tokenizer.vocab_size // 8) * 8
         raise UserError(
-            f"model.args.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
-            f"tokenizer {tokenizer.name!r}: use --model.args.vocab_size={rounded}")
+            f"model.args.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} "
+            f"tokens of tokenizer {tokenizer.name!r}: use --model.args.vocab_size={rounded}"
+        )
     if tokenizer is not None and job.sample.freq:
         try:
             tokenizer.encode(job.sample.prompt)
@@ -82,16 +85,34 @@ def build_loader(
 ) -> TokenLoader | MockLoader:
     """The training batches of this data rank."""
     job, data = job_config, job_config.data
-    shape = {"seq_len": job.training.seq_len, "batch_size": job.training.local_batch_size,
-             "rank": dp_rank, "world_size": dp_world_size, "seed": job.debug.seed,
-             "vocab_size": resolved_args(job).vocab_size}
+    shape = {
+        "seq_len": job.training.seq_len,
+        "batch_size": job.training.local_batch_size,
+        "rank": dp_rank,
+        "world_size": dp_world_size,
+        "seed": job.debug.seed,
+        "vocab_size": resolved_args(job).vocab_size,
+    }
     if data.mock:
         return MockLoader(**shape)
     return TokenLoader(
-        [Path(d) for d in data.dirs], data.weights or None, "train", **shape,
+        [Path(d) for d in data.dirs],
+        data.weights or None,
+        "train",
+        **shape,
         tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
-        document_positions=data.document_mask, eot_id=data.eot_id if data.eot_id >= 0 else None,
-        pin_memory=accelerator.DEVICE_TYPE == "cuda", prefetch=data.prefetch, verify=data.verify)
+        document_positions=data.document_mask,
+        eot_id=data.eot_id if data.eot_id >= 0 else None,
+        pin_memory=accelerator.DEVICE_TYPE == "cuda",
+        prefetch=data.prefetch,
+        verify=data.verify,
+    )
+
+
+def register() -> None:
+    """Makes ``[model] name = "microtron"`` known to TorchTitan; once a process."""
+    if "microtron" not in train_spec._extra_train_specs:
+        train_spec.register_train_spec("microtron", get_train_spec())
 
 
 def get_train_spec() -> TrainSpec:

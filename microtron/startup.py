@@ -20,12 +20,27 @@ from microtron.model.args import ModelArgs
 
 log = logging.getLogger("microtron")
 # What a disk answers when it is full, or not ours to write to.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-         errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 # What torch and numpy say when memory is short, or when nothing could hold such a size.
-_MEMORY = ("out of memory", "can't allocate memory", "Unable to allocate", "calculation overflowed",
-           "Overflow when unpacking")
+_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Unable to allocate",
+    "calculation overflowed",
+    "Overflow when unpacking",
+)
 
 
 def open_folder(path: Path) -> None:
@@ -40,8 +55,10 @@ def open_folder(path: Path) -> None:
         probe.write_text("ok")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"job.dump_folder = {str(path)!r} cannot be written ({error.strerror}): choose "
-                        "another with --job.dump_folder") from None
+        raise UserError(
+            f"job.dump_folder = {str(path)!r} cannot be written ({error.strerror}): choose "
+            "another with --job.dump_folder"
+        ) from None
 
 
 def describe(args: ModelArgs, job: Any, step_tokens: int) -> str:
@@ -49,18 +66,24 @@ def describe(args: ModelArgs, job: Any, step_tokens: int) -> str:
     counted = accounting.count_parameters(args)
     shape = f"{counted.total / 1e6:.2f}M parameters"
     if args.moe:
-        shape += (f", {counted.active / 1e6:.2f}M active a token ({args.num_experts} experts, "
-                  f"top {args.top_k})")
+        shape += (
+            f", {counted.active / 1e6:.2f}M active a token ({args.num_experts} experts, "
+            f"top {args.top_k})"
+        )
     flops = sum(accounting.flops_per_token(args, job.training.seq_len).values())
-    return (f"{shape}; {step_tokens:,} tokens a step (sequences of {job.training.seq_len}), "
-            f"{job.training.steps:,} steps; {flops / 1e6:.1f} MFLOP a token")
+    return (
+        f"{shape}; {step_tokens:,} tokens a step (sequences of {job.training.seq_len}), "
+        f"{job.training.steps:,} steps; {flops / 1e6:.1f} MFLOP a token"
+    )
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """The resolved run as a TOML that can be run again; None (no such key in TOML) is left out."""
 
     def given(table: dict[str, Any]) -> dict[str, Any]:
-        return {k: given(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+        return {
+            k: given(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None
+        }
 
     config = {**config, "job": {**config["job"], "config_file": None}}
     path.write_text(tomli_w.dumps(given(config)))
@@ -83,9 +106,20 @@ def prepare_data(data: Any, rank: int, patience_s: float = 24 * 3600) -> None:
     if rank == 0:
         log.info(f"preparing {folder} from {data.source} (tokenizer {data.tokenizer})")
         command = [
-            sys.executable, "-m", "microtron.cli", "prepare", "--source", data.source,
-            "--tokenizer", data.tokenizer, "--out", str(folder), "--field", data.text_field,
-            "--val-fraction", str(data.val_fraction),
+            sys.executable,
+            "-m",
+            "microtron.cli",
+            "prepare",
+            "--source",
+            data.source,
+            "--tokenizer",
+            data.tokenizer,
+            "--out",
+            str(folder),
+            "--field",
+            data.text_field,
+            "--val-fraction",
+            str(data.val_fraction),
         ]
         told = "no message"
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
@@ -100,8 +134,10 @@ def prepare_data(data: Any, rank: int, patience_s: float = 24 * 3600) -> None:
     end = time.monotonic() + patience_s
     while not (folder / "dataset.json").exists():
         if time.monotonic() > end:
-            raise UserError(f"data.dirs: {folder} did not appear on this node: prepare it there, or use a "
-                            "folder that all nodes share")
+            raise UserError(
+                f"data.dirs: {folder} did not appear on this node: prepare it there, or use a "
+                "folder that all nodes share"
+            )
         time.sleep(1.0)
 
 
@@ -130,11 +166,15 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, UserError):
         told = str(error)
     elif isinstance(error, OSError) and error.errno in _DISK:
-        told = (f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend it or name "
-                "another --job.dump_folder; the same command goes on from the newest whole step")
+        told = (
+            f"cannot use {error.filename or 'the disk'} ({error.strerror}): mend it or name "
+            "another --job.dump_folder; the same command goes on from the newest whole step"
+        )
     elif any(word in str(error) for word in _MEMORY):
-        told = (f"out of memory ({str(error).splitlines()[0]}): lower training.local_batch_size "
-                "or seq_len, set activation_checkpoint.mode = full, or choose a smaller model")
+        told = (
+            f"out of memory ({str(error).splitlines()[0]}): lower training.local_batch_size "
+            "or seq_len, set activation_checkpoint.mode = full, or choose a smaller model"
+        )
     else:
         return None
     logging.getLogger("traceback").info("the run ends here", exc_info=error)  # in the file only

@@ -3,9 +3,9 @@
     ./run_train.sh train_configs/debug.toml --training.steps=100
     torchrun --nproc-per-node 2 -m microtron.train --job.config_file=train_configs/debug.toml
 
-TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader, checkpoints). What is ours here:
-the step that refuses non-finite numbers before they reach a weight, validation with a target, samples, signals
-that save before they leave, and resume.
+TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader, checkpoints). What
+is ours here: the step that refuses non-finite numbers before they reach a weight, validation with a
+target, samples, signals that save before they leave, and resume.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from datetime import timedelta
 from pathlib import Path
 
 from microtron.accelerator import DEVICE_TYPE
@@ -26,14 +27,13 @@ import torchtitan.train as titan
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.profiling import maybe_enable_memory_snapshot
 
 from microtron import checkpoints
 from microtron.batch import model_inputs
 from microtron.diagnose import non_finite
 from microtron.metrics import Stopwatch, clock
 from microtron.parallel.apply import reshard
-from microtron.profiling import traces
+from microtron.profiling import profilers
 from microtron.sample import sample
 
 log = logging.getLogger("microtron")
@@ -48,9 +48,13 @@ class Trainer(titan.Trainer):
             self.maybe_enable_amp = contextlib.nullcontext()  # autocast has no float32
             if job.validation.enable:
                 self.validator.amp = self.maybe_enable_amp
-        self.step_tokens = (self.gradient_accumulation_steps * job.training.local_batch_size
-                            * self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-                            * job.training.seq_len)
+        self.step_tokens = (
+            self.gradient_accumulation_steps
+            * job.training.local_batch_size
+            * self.parallel_dims.dp_replicate
+            * self.parallel_dims.dp_shard
+            * job.training.seq_len
+        )
         for part in self.model_parts:
             part.step_tokens = self.step_tokens
         self.time_s = 0.0  # training alone
@@ -80,8 +84,10 @@ class Trainer(titan.Trainer):
         for input_dict, labels in microbatches:
             moved = {k: v.to(self.device, non_blocking=True) for k, v in input_dict.items()}
             loss = self.forward_backward_step(
-                input_dict=moved, labels=labels.to(self.device, non_blocking=True),
-                global_valid_tokens=valid)
+                input_dict=moved,
+                labels=labels.to(self.device, non_blocking=True),
+                global_valid_tokens=valid,
+            )
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         grad_norm = self._clip(loss, microbatches[-1])
@@ -114,6 +120,7 @@ class Trainer(titan.Trainer):
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
+
             def again() -> None:
                 input_dict, labels = microbatch
                 moved = {k: v.to(self.device) for k, v in input_dict.items()}
@@ -123,7 +130,8 @@ class Trainer(titan.Trainer):
 
             raise non_finite(self.model_parts[0], self.step, loss.item(), again)
         torch.nn.utils.clip_grads_with_norm_(
-            parameters, self.job_config.training.max_norm, norm, foreach=True)
+            parameters, self.job_config.training.max_norm, norm, foreach=True
+        )
         return norm.item()
 
     def train(self) -> None:
@@ -135,13 +143,15 @@ class Trainer(titan.Trainer):
         """
         job = self.job_config
         if self.step >= job.training.steps:
-            log.info(f"nothing to do: step {self.step} of {job.training.steps} is in "
-                     f"{job.job.dump_folder}; raise --training.steps to go on, or choose another "
-                     "--job.dump_folder")
+            log.info(
+                f"nothing to do: step {self.step} of {job.training.steps} is in "
+                f"{job.job.dump_folder}; raise --training.steps to go on, or choose another "
+                "--job.dump_folder"
+            )
             return
         began = time.perf_counter()
         reason = ""
-        with self._profilers() as profilers:
+        with profilers(job.profiling, Path(job.job.dump_folder), self.step) as running:
             batches = self.batch_generator(self.dataloader)
             while not reason:
                 self.step += 1
@@ -150,13 +160,15 @@ class Trainer(titan.Trainer):
                     self.train_step(batches)
                 self._count(watch.last_s)
                 reason = self._after_step()
-                for profiler in profilers:
+                for profiler in running:
                     profiler.step()
                 if self.saved_step < 0 and self.step == 1:
                     self._shorten_timeouts()
-        log.info(f"{reason}: step {self.step}, {self.ntokens_seen:,} tokens, {clock(self.time_s)} of "
-                 f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in all; "
-                 f"results in {job.job.dump_folder}")
+        log.info(
+            f"{reason}: step {self.step}, {self.ntokens_seen:,} tokens, {clock(self.time_s)} of "
+            f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in all; "
+            f"results in {job.job.dump_folder}"
+        )
         if self.stop_signal:
             raise SystemExit(128 + self.stop_signal)
 
@@ -169,8 +181,11 @@ class Trainer(titan.Trainer):
         if self._stop_requested():
             reason = f"stopped by {signal.Signals(self.stop_signal).name}"
         leaving = bool(self.stop_signal)
-        if job.validation.enable and not leaving and (
-                reason or self.validator.should_validate(step)):
+        if (
+            job.validation.enable
+            and not leaving
+            and (reason or self.validator.should_validate(step))
+        ):
             result = self.validator.validate(self.model_parts, step)
             target = job.validation.val_target
             if target is not None and result["val_loss"] <= target:
@@ -190,10 +205,17 @@ class Trainer(titan.Trainer):
         loss = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
         # This rank counted its own tokens; the line speaks of the run.
         self.metrics_processor.ntokens_since_last_log = (
-            self.step_tokens * self.metrics_processor.steps_since_line)
+            self.step_tokens * self.metrics_processor.steps_since_line
+        )
         self.metrics_processor.log_step(
-            self.step, loss, grad_norm, lr, self.ntokens_seen, self.time_s,
-            self.optimizers.balance.metrics())
+            self.step,
+            loss,
+            grad_norm,
+            lr,
+            self.ntokens_seen,
+            self.time_s,
+            self.optimizers.balance.metrics(),
+        )
 
     def _sample(self) -> None:
         options, job = self.job_config.sample, self.job_config
@@ -201,9 +223,15 @@ class Trainer(titan.Trainer):
             return
         with self.maybe_enable_amp:
             text = sample(
-                self.model_parts[0], self.tokenizer, options.prompt, tokens=options.tokens,
-                length=job.training.seq_len, temperature=options.temperature,
-                top_k=options.top_k, seed=job.debug.seed)
+                self.model_parts[0],
+                self.tokenizer,
+                options.prompt,
+                tokens=options.tokens,
+                length=job.training.seq_len,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                seed=job.debug.seed,
+            )
         reshard(self.model_parts[0])
         log.info(f"--- sample at step {self.step} ---\n{options.prompt}{text}\n---")
 
@@ -219,7 +247,9 @@ class Trainer(titan.Trainer):
         with checkpoints.saving(folder):
             if dist.get_rank() == 0:
                 checkpoints.clear(folder)
-                checkpoints.write_identity(folder, self.model_args, self._facts())
+                name = self.tokenizer.name if self.tokenizer else None
+                facts = {"step": self.step, "tokens": self.ntokens_seen, "tokenizer": name}
+                checkpoints.write_identity(folder, self.model_args, self.job_config, facts)
             dist.barrier()
             self.checkpointer.save(self.step, last_step=last)
             if last and self.checkpointer.save_future is not None:
@@ -227,12 +257,6 @@ class Trainer(titan.Trainer):
         self.checkpointer._purge_stale_checkpoints()  # TorchTitan forgets it after the last step
         self.saved_step = self.step
         log.info(f"step {self.step} | checkpoint {folder}")
-
-    def _facts(self) -> dict[str, object]:
-        job = self.job_config
-        return {"flavor": job.model.flavor, "data": job.data.dirs, "step": self.step,
-                "seq_len": job.training.seq_len, "tokens": self.ntokens_seen,
-                "tokenizer": self.tokenizer.name if self.tokenizer else None}
 
     def _step_folder(self, step: int) -> Path:
         return Path(self.checkpointer.folder) / f"step-{step}"
@@ -280,23 +304,12 @@ class Trainer(titan.Trainer):
             self.stop_signal = int(asked.item())
         return bool(self.stop_signal)
 
-    @contextlib.contextmanager
-    def _profilers(self) -> Iterator[list]:
-        options, folder = self.job_config.profiling, self.job_config.job.dump_folder
-        with (
-            traces(options, Path(folder)) as profilers,
-            maybe_enable_memory_snapshot(
-                options, global_step=self.step, base_folder=folder) as memory,
-        ):
-            yield profilers + ([memory] if memory else [])
-
     def _shorten_timeouts(self) -> None:
         """After the first step, which compiles and connects, a silent rank is noticed sooner."""
         if self.parallel_dims.world_size > 1:
-            from datetime import timedelta
-
             dist_utils.set_pg_timeouts(
-                timedelta(seconds=self.job_config.comm.train_timeout_seconds), self.parallel_dims)
+                timedelta(seconds=self.job_config.comm.train_timeout_seconds), self.parallel_dims
+            )
 
     def state_dict(self) -> dict[str, object]:
         """What a resumed run goes on counting from."""
@@ -318,22 +331,14 @@ class Trainer(titan.Trainer):
         super().close()
 
 
-def register() -> None:
-    """Makes ``[model] name = "microtron"`` known to TorchTitan; once a process."""
-    from torchtitan.protocols import train_spec
-
-    from microtron.spec import get_train_spec
-
-    if "microtron" not in train_spec._extra_train_specs:
-        train_spec.register_train_spec("microtron", get_train_spec())
-
-
 def run(argv: list[str], rank: int, world_size: int) -> int:
     """Parses, prepares, trains; returns the exit code."""
     from microtron.accelerator import pick_threads
+
     from microtron.metrics import setup_logging
     from microtron.parallel.apply import check_layout
     from microtron.parse import parse
+    from microtron.spec import register
     from microtron.startup import describe, on_signals, open_folder, prepare_data, write_config
 
     job = parse(argv)
@@ -342,8 +347,10 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     open_folder(folder)
     setup_logging(folder, rank)
     threads = pick_threads(world_size) if DEVICE_TYPE == "cpu" else ""
-    log.info(f"microtron {job.model.flavor} on {world_size} x {DEVICE_TYPE}"
-             f"{', ' + threads if threads else ''}; results in {folder}")
+    log.info(
+        f"microtron {job.model.flavor} on {world_size} x {DEVICE_TYPE}"
+        f"{', ' + threads if threads else ''}; results in {folder}"
+    )
     prepare_data(job.data, rank)
     register()
     requested: list[int] = []
@@ -366,9 +373,10 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The entry of a process: sets what torchrun would for a single one, tells errors in a line."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         return run(sys.argv[1:] if argv is None else argv, rank, world_size)

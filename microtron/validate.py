@@ -10,8 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,6 +17,7 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.batch import model_inputs
 from microtron.config import resolved_args
 from microtron.data.loader import TokenLoader
@@ -31,8 +30,13 @@ class Validator(BaseValidator):
     """Evaluates without touching training: eval mode, no gradients, no expert counts."""
 
     def __init__(
-        self, job: JobConfig, loader: Callable[[], TokenLoader], token_bytes: torch.Tensor | None,
-        parallel_dims: ParallelDims, amp: AbstractContextManager, metrics: RunMetrics,
+        self,
+        job: JobConfig,
+        loader: Callable[[], TokenLoader],
+        token_bytes: torch.Tensor | None,
+        parallel_dims: ParallelDims,
+        amp: AbstractContextManager,
+        metrics: RunMetrics,
     ) -> None:
         self.job_config = job
         self.loader, self.token_bytes, self.amp, self.metrics = loader, token_bytes, amp, metrics
@@ -60,10 +64,14 @@ class Validator(BaseValidator):
         model.train()
         loss, tokens, byte_count = totals.tolist()
         return self.metrics.log_validation(
-            step, loss / max(tokens, 1), int(tokens), int(byte_count), watch.last_s)
+            step, loss / max(tokens, 1), int(tokens), int(byte_count), watch.last_s
+        )
 
     def _batch(
-        self, model: nn.Module, input_dict: dict[str, torch.Tensor], labels: torch.Tensor,
+        self,
+        model: nn.Module,
+        input_dict: dict[str, torch.Tensor],
+        labels: torch.Tensor,
         device: torch.device,
     ) -> torch.Tensor:
         targets = labels[labels != IGNORE]
@@ -76,9 +84,15 @@ class Validator(BaseValidator):
 
 
 def build_validator(
-    *, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: object,
-    parallel_dims: ParallelDims, maybe_enable_amp: AbstractContextManager,
-    metrics_processor: RunMetrics, **unused: object,
+    *,
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: object,
+    parallel_dims: ParallelDims,
+    maybe_enable_amp: AbstractContextManager,
+    metrics_processor: RunMetrics,
+    **unused: object,
 ) -> Validator:
     """TorchTitan's builder signature."""
     data, validation = job_config.data, job_config.validation
@@ -86,15 +100,27 @@ def build_validator(
 
     def loader() -> TokenLoader:
         return TokenLoader(
-            [Path(d) for d in data.dirs], None, "val", seq_len=validation.seq_len,
-            batch_size=validation.local_batch_size, rank=dp_rank, world_size=dp_world_size,
-            seed=job_config.debug.seed, vocab_size=args.vocab_size,
+            [Path(d) for d in data.dirs],
+            None,
+            "val",
+            seq_len=validation.seq_len,
+            batch_size=validation.local_batch_size,
+            rank=dp_rank,
+            world_size=dp_world_size,
+            seed=job_config.debug.seed,
+            vocab_size=args.vocab_size,
             tokenizer_fingerprint=tokenizer.fingerprint if tokenizer else None,
-            document_positions=data.document_mask, eot_id=data.eot_id if data.eot_id >= 0 else None,
-            infinite=False, shuffle=False, verify=data.verify, prefetch=data.prefetch,
-            max_tokens=validation.val_tokens if validation.val_tokens > 0 else None)
+            document_positions=data.document_mask,
+            eot_id=data.eot_id if data.eot_id >= 0 else None,
+            infinite=False,
+            shuffle=False,
+            verify=data.verify,
+            prefetch=data.prefetch,
+            max_tokens=validation.val_tokens if validation.val_tokens > 0 else None,
+        )
 
     loader().close()  # a bad validation shard is told before step 1
     bytes_of = torch.from_numpy(tokenizer.token_bytes()).long() if tokenizer else None
-    return Validator(job_config, loader, bytes_of, parallel_dims, maybe_enable_amp,
-                     metrics_processor)
+    return Validator(
+        job_config, loader, bytes_of, parallel_dims, maybe_enable_amp, metrics_processor
+    )

@@ -8,9 +8,21 @@ from microtron.model.model import Transformer
 
 # Every width differs from every other, so that a swapped or transposed one cannot go unseen.
 TINY = {
-    "dim": 40, "n_layers": 2, "vocab_size": 61, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16,
-    "window": 5, "window_pattern": "SL", "attn_backend": "eager", "num_experts": 4, "top_k": 2,
-    "expert_dim": 24, "hidden_dim": 24, "experts_backend": "loop", "load_balance": "none",
+    "dim": 40,
+    "n_layers": 2,
+    "vocab_size": 61,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 16,
+    "window": 5,
+    "window_pattern": "SL",
+    "attn_backend": "eager",
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_dim": 24,
+    "hidden_dim": 24,
+    "experts_backend": "loop",
+    "load_balance": "none",
 }
 
 
@@ -34,8 +46,13 @@ def randomise(module, seed=0):
         for name, parameter in module.named_parameters():
             noise = torch.empty(parameter.shape).normal_(generator=generator)
             matrix = parameter.dim() > 1 and "bias" not in name
-            parameter.copy_(1 + 0.3 * noise if "norm" in name
-                            else noise * parameter.shape[1] ** -0.5 if matrix else noise)
+            parameter.copy_(
+                1 + 0.3 * noise
+                if "norm" in name
+                else noise * parameter.shape[1] ** -0.5
+                if matrix
+                else noise
+            )
     return module
 
 

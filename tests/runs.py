@@ -1,8 +1,8 @@
 """Whole runs in processes of their own, about a second each.
 
-A fork server imports torch and TorchTitan once, in a process that does nothing else; every rank of every
-run is forked from it. A run is `microtron.train.main(argv)` with its streams in files, so that a test
-sees what a person would: exit code, console, errors, files.
+A fork server imports torch and TorchTitan once, in a process that does nothing else; every rank of
+every run is forked from it. A run is `microtron.train.main(argv)` with its streams in files, so
+that a test sees what a person would: exit code, console, errors, files.
 """
 
 import json
@@ -17,13 +17,28 @@ from pathlib import Path
 
 import torch
 
-PRELOAD = ["microtron.train", "microtron.spec", "microtron.parse", "microtron.parallel.apply",
-           "torch.distributed.checkpoint", "torch.utils.tensorboard", "tomli_w"]
+PRELOAD = [
+    "microtron.train",
+    "microtron.spec",
+    "microtron.parse",
+    "microtron.parallel.apply",
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
+    "tomli_w",
+]
 SMALL = [  # a model and a step that take milliseconds
-    "--model.args.dim=16", "--model.args.n_layers=2", "--model.args.n_heads=2",
-    "--model.args.n_kv_heads=1", "--model.args.head_dim=8", "--model.args.expert_dim=16",
-    "--model.args.window=8", "--training.seq_len=16", "--training.local_batch_size=4",
-    "--metrics.log_freq=1", "--lr_scheduler.warmup_steps=2", "--optimizer.lr=1e-2",
+    "--model.args.dim=16",
+    "--model.args.n_layers=2",
+    "--model.args.n_heads=2",
+    "--model.args.n_kv_heads=1",
+    "--model.args.head_dim=8",
+    "--model.args.expert_dim=16",
+    "--model.args.window=8",
+    "--training.seq_len=16",
+    "--training.local_batch_size=4",
+    "--metrics.log_freq=1",
+    "--lr_scheduler.warmup_steps=2",
+    "--optimizer.lr=1e-2",
 ]
 _context = None
 
@@ -37,8 +52,14 @@ def _server():
 
 
 def _rank(argv, rank, world_size, port, folder, prepare):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)

@@ -135,7 +135,8 @@ def _read_cache(folder: Path) -> dict[str, dict]:
     try:
         cache = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
         return {
-            file: record for file, record in cache.items()
+            file: record
+            for file, record in cache.items()
             if isinstance(record.get("max_id"), int) and isinstance(record.get("sha256"), str)
         }
     except (OSError, ValueError, AttributeError):

@@ -32,6 +32,7 @@ import torch
 
 from microtron.data import order
 from microtron.data.checks import check_datasets, find_eot
+from microtron.data.documents import document_positions
 from microtron.data.prefetch import Prefetcher
 from microtron.data.shards import open_shard
 from microtron.errors import UserError
@@ -43,36 +44,33 @@ _OPEN_SHARDS = 512  # each map holds a file descriptor; 1024 is a common limit
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-def document_positions(tokens: np.ndarray, eot_id: int, out: np.ndarray) -> None:
-    """Writes the position of each of ``tokens`` [B, S] in its document to ``out``, int64 [B, S].
-
-    A document starts at its eot token (position 0); the first token of a row has position 0 too.
-    ``out`` is contiguous.
-    """
-    starts = tokens == eot_id
-    starts[:, 0] = True
-    first = np.flatnonzero(starts)
-    flat = out.reshape(-1)
-    flat[:] = 1  # one running sum of increments is twice as fast as repeating each start
-    flat[first[0]] = 0
-    flat[first[1:]] -= np.diff(first)
-    np.cumsum(flat, out=flat)
-
-
 class _Loader(ABC):
     """Position, state, ranks and prefetch; a subclass says what the samples are."""
 
     def __init__(
-        self, *, seq_len: int, batch_size: int, rank: int, world_size: int, vocab_size: int,
-        pin_memory: bool, prefetch: int,
+        self,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        vocab_size: int,
+        pin_memory: bool,
+        prefetch: int,
     ) -> None:
-        for name, value in (("seq_len", seq_len), ("batch_size", batch_size),
-                            ("world_size", world_size), ("vocab_size", vocab_size)):
+        for name, value in (
+            ("seq_len", seq_len),
+            ("batch_size", batch_size),
+            ("world_size", world_size),
+            ("vocab_size", vocab_size),
+        ):
             if value < 1:
                 raise UserError(f"{name} {value} is refused: it must be 1 or more")
         if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} is refused: with world_size {world_size} it must be in "
-                            f"0..{world_size - 1}")
+            raise UserError(
+                f"rank {rank} is refused: with world_size {world_size} it must be in "
+                f"0..{world_size - 1}"
+            )
         self.seq_len, self.batch_size = seq_len, batch_size
         self.rank, self.world_size = rank, world_size
         self.vocab_size, self._step = vocab_size, world_size * batch_size
@@ -87,8 +85,10 @@ class _Loader(ABC):
     ) -> None:
         """``total``: samples of one pass, None without end; ``eot_id``: None without positions."""
         if eot_id is not None and not 0 <= eot_id < self.vocab_size:
-            raise UserError(f"eot_id {eot_id} is beyond vocab_size {self.vocab_size}; raise "
-                            f"vocab_size to {eot_id + 1} or more")
+            raise UserError(
+                f"eot_id {eot_id} is beyond vocab_size {self.vocab_size}; raise "
+                f"vocab_size to {eot_id + 1} or more"
+            )
         self._total, self._fingerprint, self._eot_id = total, fingerprint, eot_id
         self._staging = np.empty((self.batch_size, self.seq_len + 1), dtype=dtype)
 
@@ -138,8 +138,10 @@ class _Loader(ABC):
         try:
             while True:
                 if generation != self._generation:
-                    raise RuntimeError("this iterator was ended by another, by load_state_dict or "
-                                       "by close; call iter() again")
+                    raise RuntimeError(
+                        "this iterator was ended by another, by load_state_dict or "
+                        "by close; call iter() again"
+                    )
                 if pid != os.getpid():  # the first batch, or a fork: threads do not survive those
                     pid, source = os.getpid(), self._start()
                     stream = iter(source)
@@ -174,8 +176,11 @@ class _Loader(ABC):
 
     def state_dict(self) -> dict[str, int | str]:
         """The position after the last batch taken; the same on every rank."""
-        return {"position_samples": self._position, "seq_len": self.seq_len,
-                "fingerprint": self._fingerprint}
+        return {
+            "position_samples": self._position,
+            "seq_len": self.seq_len,
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Goes on from ``state``, on any number of ranks and with any batch size.
@@ -188,19 +193,23 @@ class _Loader(ABC):
         """
         missing = {"position_samples", "seq_len", "fingerprint"} - state.keys()
         if missing:
-            raise UserError(f"loader state lacks {', '.join(sorted(missing))}; resume from a "
-                            f"checkpoint of microtron, or {_LEAVE_OUT}")
+            raise UserError(
+                f"loader state lacks {', '.join(sorted(missing))}; resume from a "
+                f"checkpoint of microtron, or {_LEAVE_OUT}"
+            )
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
                 f"the checkpoint was trained on other data (fingerprint {state['fingerprint']}, "
                 f"this run's is {self._fingerprint}); name the same datasets in the same order, or "
-                f"{_LEAVE_OUT}")
+                f"{_LEAVE_OUT}"
+            )
         tokens = int(state["position_samples"]) * int(state["seq_len"])
         if tokens % self.seq_len:
             raise UserError(
                 f"seq_len {self.seq_len} cannot take over a checkpoint of seq_len "
                 f"{state['seq_len']} after {tokens} tokens, which it does not divide; choose one "
-                f"that does, or {_LEAVE_OUT}")
+                f"that does, or {_LEAVE_OUT}"
+            )
         self.close()
         self._position, self._resumed = tokens // self.seq_len, True
 
@@ -223,24 +232,47 @@ class TokenLoader(_Loader):
     """
 
     def __init__(
-        self, datasets: Sequence[Path], weights: Sequence[float] | None, split: str, *,
-        seq_len: int, batch_size: int, rank: int, world_size: int, seed: int, vocab_size: int,
-        tokenizer_fingerprint: str | None, document_positions: bool = False,
-        eot_id: int | None = None, pin_memory: bool = False, prefetch: int = 2,
-        infinite: bool = True, shuffle: bool = True, max_tokens: int | None = None,
+        self,
+        datasets: Sequence[Path],
+        weights: Sequence[float] | None,
+        split: str,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        vocab_size: int,
+        tokenizer_fingerprint: str | None,
+        document_positions: bool = False,
+        eot_id: int | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+        infinite: bool = True,
+        shuffle: bool = True,
+        max_tokens: int | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__(
-            seq_len=seq_len, batch_size=batch_size, rank=rank, world_size=world_size,
-            vocab_size=vocab_size, pin_memory=pin_memory, prefetch=prefetch,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=vocab_size,
+            pin_memory=pin_memory,
+            prefetch=prefetch,
         )
         if weights is not None and (len(weights) != len(datasets) or not infinite):
             why = f"{len(datasets)} datasets" if infinite else "one pass, which takes all of each"
-            raise UserError(f"{len(weights)} dataset weights do not go with {why}; correct or "
-                            "remove the weights")
+            raise UserError(
+                f"{len(weights)} dataset weights do not go with {why}; correct or "
+                "remove the weights"
+            )
         if max_tokens is not None and (infinite or max_tokens < 1):
-            raise UserError(f"max_tokens {max_tokens} is refused: it ends a single pass, after 1 "
-                            "token or more; correct or remove it")
+            raise UserError(
+                f"max_tokens {max_tokens} is refused: it ends a single pass, after 1 "
+                "token or more; correct or remove it"
+            )
         infos = check_datasets(datasets, split, vocab_size, tokenizer_fingerprint, verify)
         self._paths = [i.folder / e.file for i in infos for e in i.split(split)]
         shards = [[e.tokens for e in i.split(split)] for i in infos]
@@ -271,7 +303,8 @@ class TokenLoader(_Loader):
             raise UserError(
                 f"split {split!r} of {names} has too few tokens: {int(self._tokens.sum())}, so "
                 f"{' + '.join(map(str, windows))} windows of seq_len {self.seq_len}, for a global "
-                f"batch of {needed}; lower seq_len or batch_size, or prepare more data")
+                f"batch of {needed}; lower seq_len or batch_size, or prepare more data"
+            )
 
     def _fill(self, position: int, tokens: np.ndarray) -> np.ndarray | None:
         targets = []
@@ -331,13 +364,27 @@ class MockLoader(_Loader):
     """
 
     def __init__(
-        self, *, seq_len: int, batch_size: int, rank: int, world_size: int, seed: int,
-        vocab_size: int, eot_id: int | None = None, pin_memory: bool = False, prefetch: int = 2,
+        self,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        vocab_size: int,
+        eot_id: int | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
         samples: int | None = None,
     ) -> None:
         super().__init__(
-            seq_len=seq_len, batch_size=batch_size, rank=rank, world_size=world_size,
-            vocab_size=vocab_size, pin_memory=pin_memory, prefetch=prefetch,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=vocab_size,
+            pin_memory=pin_memory,
+            prefetch=prefetch,
         )
         self._describe(samples, f"mock-{seed}-{vocab_size}", eot_id, "int64")
         self._seed = seed

@@ -42,14 +42,7 @@ from microtron.data.sources import Part, list_parts, read_part, source_state
 from microtron.data.split import SplitRule, choose_split
 from microtron.data.spool import Spool
 from microtron.data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer, tokenizer_state
-from microtron.data.workers import (
-    BATCH_CHARS,
-    Alphabet,
-    Tokenize,
-    Tokenized,
-    list_tasks,
-    run_tasks,
-)
+from microtron.data.workers import BATCH_CHARS, Alphabet, Tokenize, Tokenized, list_tasks, run_tasks
 from microtron.errors import UserError
 
 VERSION = 1  # of what the same settings produce
@@ -91,9 +84,15 @@ def prepare(
     out = Path(out).expanduser()
     _check_numbers(val_fraction, shard_tokens, workers, max_documents, max_bytes)
     settings = {
-        "version": VERSION, "source": source, "files of the source": source_state(source),
-        "field": field, "tokenizer": tokenizer_state(tokenizer), "val-fraction": val_fraction,
-        "shard-tokens": shard_tokens, "max-documents": max_documents, "max-bytes": max_bytes,
+        "version": VERSION,
+        "source": source,
+        "files of the source": source_state(source),
+        "field": field,
+        "tokenizer": tokenizer_state(tokenizer),
+        "val-fraction": val_fraction,
+        "shard-tokens": shard_tokens,
+        "max-documents": max_documents,
+        "max-bytes": max_bytes,
     }
     try:
         finished = finished_dataset(out, settings, overwrite)
@@ -115,8 +114,11 @@ def prepare(
 
 
 def _check_numbers(
-    val_fraction: float, shard_tokens: int, workers: int | None,
-    max_documents: int | None, max_bytes: int | None,
+    val_fraction: float,
+    shard_tokens: int,
+    workers: int | None,
+    max_documents: int | None,
+    max_bytes: int | None,
 ) -> None:
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} is not between 0 and 1; try 0.02")
@@ -173,8 +175,10 @@ class _Job:
             self._start(rule, made, layout)
         else:
             self._lock()
-            print(f"prepare: going on in {self.out} after {self.state['documents']:,} documents",
-                  file=sys.stderr)
+            print(
+                f"prepare: going on in {self.out} after {self.state['documents']:,} documents",
+                file=sys.stderr,
+            )
         self._tokenize(parts, field)
 
     def _lock(self) -> None:
@@ -240,10 +244,19 @@ class _Job:
             tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eot_id
         )
         self.state = {
-            "settings": self.settings, "layout": layout, "rule": asdict(rule),
-            "tokenizer": asdict(named), "dtype": tokenizer.dtype.name, "position": [0, 0],
-            "documents": 0, "bytes": 0, "empty": 0, "left_out": [], "progress_bytes": 0,
-            "splits": {}, "done": False,
+            "settings": self.settings,
+            "layout": layout,
+            "rule": asdict(rule),
+            "tokenizer": asdict(named),
+            "dtype": tokenizer.dtype.name,
+            "position": [0, 0],
+            "documents": 0,
+            "bytes": 0,
+            "empty": 0,
+            "left_out": [],
+            "progress_bytes": 0,
+            "splits": {},
+            "done": False,
         }
 
     def _tokenize(self, parts: list[Part], field: str) -> None:
@@ -253,8 +266,14 @@ class _Job:
         work = Tokenize(state["tokenizer"]["name"], folder, field, rule)
         token_bytes = load_tokenizer(work.tokenizer_name, folder).token_bytes()
         spools = {
-            split: Spool(self.folder, split, state["dtype"], self.settings["shard-tokens"],
-                         token_bytes, state["splits"].get(split))
+            split: Spool(
+                self.folder,
+                split,
+                state["dtype"],
+                self.settings["shard-tokens"],
+                token_bytes,
+                state["splits"].get(split),
+            )
             for split in SPLITS
         }
         self._save(spools)

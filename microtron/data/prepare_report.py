@@ -30,8 +30,11 @@ class Progress:
             self._last = time.monotonic()
             share = f" of {self.total / 1e6:,.1f}" if self.total else ""
             speed = (self.done - self._first) / 1e6 / (self._last - self._started)
-            print(f"prepare: {self.done / 1e6:,.1f}{share} MB, {speed:.1f} MB/s",
-                  file=sys.stderr, flush=True)
+            print(
+                f"prepare: {self.done / 1e6:,.1f}{share} MB, {speed:.1f} MB/s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -46,8 +49,9 @@ def report(out: Path, state: dict, info: DatasetInfo, seconds: float) -> None:
     for line in state["left_out"][:5]:
         print(f"prepare: left out {line}", file=sys.stderr)
     if state["left_out"]:
-        print(f"prepare: left out {len(state['left_out'])} files that do not decode",
-              file=sys.stderr)
+        print(
+            f"prepare: left out {len(state['left_out'])} files that do not decode", file=sys.stderr
+        )
     if state["empty"]:
         print(f"prepare: left out {state['empty']:,} empty documents", file=sys.stderr)
     print(f"prepared {out} with {info.tokenizer.name} (vocabulary {info.tokenizer.vocab_size:,})")
@@ -55,7 +59,11 @@ def report(out: Path, state: dict, info: DatasetInfo, seconds: float) -> None:
         tokens, size = sum(e.tokens for e in entries), sum(e.bytes for e in entries)
         documents = sum(e.documents for e in entries)
         text_tokens = max(tokens - documents, 1)  # without the eot before each document
-        print(f"  {split:5} {documents:>12,} documents {tokens:>15,} tokens {size:>15,} bytes "
-              f"{size / text_tokens:.2f} bytes/token, {len(entries)} shards")
-    print(f"  {state['documents']:,} documents in {seconds:.1f} s, "
-          f"{state['bytes'] / 1e6 / max(seconds, 1e-9):.1f} MB/s")
+        print(
+            f"  {split:5} {documents:>12,} documents {tokens:>15,} tokens {size:>15,} bytes "
+            f"{size / text_tokens:.2f} bytes/token, {len(entries)} shards"
+        )
+    print(
+        f"  {state['documents']:,} documents in {seconds:.1f} s, "
+        f"{state['bytes'] / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+    )

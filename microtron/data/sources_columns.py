@@ -15,7 +15,11 @@ from microtron.errors import UserError
 
 MAX_ROW_GROUP_BYTES = 64 << 20  # a larger parquet row group is read as a stream
 _HF_FORMATS = {
-    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
 }
 
 

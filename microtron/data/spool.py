@@ -31,15 +31,22 @@ class Spool:
     """
 
     def __init__(
-        self, folder: Path, split: str, dtype: str, shard_tokens: int,
-        token_bytes: np.ndarray, saved: dict | None = None,
+        self,
+        folder: Path,
+        split: str,
+        dtype: str,
+        shard_tokens: int,
+        token_bytes: np.ndarray,
+        saved: dict | None = None,
     ) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype, self.token_bytes = np.dtype(dtype), token_bytes
         saved = saved or {"shards": [], "tokens": 0, "bytes": 0, "documents": 0}
         self.shards = [ShardInfo(**entry) for entry in saved["shards"]]
         self.tokens, self.bytes, self.documents = (
-            saved["tokens"], saved["bytes"], saved["documents"]
+            saved["tokens"],
+            saved["bytes"],
+            saved["documents"],
         )
         self._stale: list[Path] = []
         self._file = self._open(self.tokens)
@@ -66,7 +73,8 @@ class Spool:
                 head = int(self.token_bytes[ids[start:room]].sum(dtype=np.int64))
                 head = min(head, int(sizes[whole]))
             self._append(
-                ids[:room], int(sizes[:whole].sum()) + head,
+                ids[:room],
+                int(sizes[:whole].sum()) + head,
                 int(begun[:whole].sum()) + (int(begun[whole]) if room > start else 0),
             )
             self._close_shard()
@@ -91,9 +99,7 @@ class Spool:
         with ShardWriter(self.folder / name, self.dtype.name) as shard:
             shard.write(np.memmap(spool, dtype=little, mode="r", shape=(self.tokens,)))
         self._stale.append(spool)
-        self.shards.append(
-            ShardInfo(name, self.tokens, self.bytes, self.documents, shard.sha256)
-        )
+        self.shards.append(ShardInfo(name, self.tokens, self.bytes, self.documents, shard.sha256))
         self.tokens = self.bytes = self.documents = 0
         self._file = self._open(0)
 
@@ -106,8 +112,12 @@ class Spool:
         """What to keep, after bringing the spool to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return {"shards": [asdict(entry) for entry in self.shards], "tokens": self.tokens,
-                "bytes": self.bytes, "documents": self.documents}
+        return {
+            "shards": [asdict(entry) for entry in self.shards],
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+        }
 
     def forget(self) -> None:
         """Removes the spools of finished shards; call it when ``saved()`` is safely stored."""

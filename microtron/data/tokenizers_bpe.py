@@ -65,8 +65,11 @@ def _encode(encoding: Any, text: str) -> np.ndarray:  # noqa: ANN401
 
 
 def _definition(encoding: Any) -> bytes:  # noqa: ANN401
-    fields = {"name": encoding.name, "pat_str": encoding._pat_str,
-              "special_tokens": encoding._special_tokens}
+    fields = {
+        "name": encoding.name,
+        "pat_str": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+    }
     return json.dumps(fields, sort_keys=True, indent=1).encode()
 
 
@@ -139,7 +142,7 @@ class JsonTokenizer(Tokenizer):
                 return self._vocab[token]
         raise UserError(
             f"tokenizer {path} has none of {', '.join(EOT_CANDIDATES)} and no eos_token in a "
-            "tokenizer_config.json beside it; write one there, e.g. {\"eos_token\": \"<eos>\"}"
+            'tokenizer_config.json beside it; write one there, e.g. {"eos_token": "<eos>"}'
         )
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -163,7 +166,7 @@ class JsonTokenizer(Tokenizer):
             and cuts[0]["pattern"] == {"Regex": encoding._pat_str}
             and self._fields["normalizer"] is None
             and pieces[: len(ranks)] == sorted(ranks, key=ranks.get)
-            and not any(pieces[len(ranks):])
+            and not any(pieces[len(ranks) :])
         )
         return encoding if same else None
 

@@ -28,15 +28,17 @@ from microtron.errors import UserError
 # `\p{N}{1,3}+` would be possessive in tiktoken and a repetition in Oniguruma.
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PATTERN = "|".join((
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTION}",
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTION}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-))
+PATTERN = "|".join(
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 
 
 def train_bpe(
@@ -74,8 +76,11 @@ def train_bpe(
     tokenizer = _train(_texts(source, field, max_bytes), source, vocab_size)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
-        print(f"train-bpe: the text yields {size:,} ids, not {vocab_size:,}: no pair of tokens is "
-              "left to merge; read more text or ask for less", file=sys.stderr)
+        print(
+            f"train-bpe: the text yields {size:,} ids, not {vocab_size:,}: no pair of tokens is "
+            "left to merge; read more text or ask for less",
+            file=sys.stderr,
+        )
     try:
         _save(tokenizer, out)
     except OSError as error:
@@ -107,10 +112,12 @@ def _train(texts: Iterator[str], source: str, vocab_size: int) -> Any:  # noqa: 
         raise UserError(f"source {source} holds no text; name another --source or --field")
     # tiktoken takes a word that is a token as it is; ignore_merges makes this library do so too
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
@@ -131,12 +138,18 @@ def _save(tokenizer: Any, out: Path) -> None:  # noqa: ANN401
     ranks = {bytes(alphabet[char] for char in token): i for token, i in vocab.items()}
     special = {EOT: len(ranks)}
     encoding = tiktoken.Encoding(
-        "microtron-bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special,
+        "microtron-bpe",
+        pat_str=PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens=special,
         explicit_n_vocab=len(ranks) + 1,
     )
     save_encoding(encoding, out)
     # no bos_token: TorchTitan 0.2.2 loses the eos id where the two are the same
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
-              "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOT,
+        "clean_up_tokenization_spaces": False,
+    }
     write_file(out, "tokenizer_config.json", json.dumps(config, indent=1).encode())
     write_file(out, "tokenizer.json", tokenizer.to_str(pretty=True).encode())

@@ -112,9 +112,15 @@ class Tokenize:
             failed = str(error)
         progress = task.part.size_bytes if task.documents is None else sum(sizes)
         return Tokenized(
-            task.index, np.concatenate(ids), np.array(tokens, dtype=np.int64),
-            np.array(sizes, dtype=np.int64), np.array(val, dtype=bool),
-            empty, left_out, failed, progress,
+            task.index,
+            np.concatenate(ids),
+            np.array(tokens, dtype=np.int64),
+            np.array(sizes, dtype=np.int64),
+            np.array(val, dtype=bool),
+            empty,
+            left_out,
+            failed,
+            progress,
         )
 
 

@@ -52,7 +52,8 @@ def count_parameters(args: ModelArgs) -> Parameters:
     one = 3 * args.dim * width + (2 * width + args.dim) * args.mlp_bias
     router = (args.dim + 1) * args.num_experts
     everything, active = (
-        (router + args.num_experts * one, router + args.top_k * one) if args.moe else (one, one))
+        (router + args.num_experts * one, router + args.top_k * one) if args.moe else (one, one)
+    )
     table = args.vocab_size * args.dim
     return Parameters(
         embedding=table,
@@ -95,5 +96,7 @@ def check(model: nn.Module, args: ModelArgs) -> Parameters:
     """
     counted = count_parameters(args)
     real = sum(p.numel() for p in model.parameters())
-    assert counted.total == real, f"accounting says {counted.total:,} parameters, modules hold {real:,}"
+    assert counted.total == real, (
+        f"accounting says {counted.total:,} parameters, modules hold {real:,}"
+    )
     return counted

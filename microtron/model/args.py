@@ -131,7 +131,9 @@ class ModelArgs:
         """
         unknown = values.keys() - {f.name for f in dataclasses.fields(self)}
         if unknown:
-            raise UserError(f"model.args.{min(unknown)} does not exist; the fields are those of ModelArgs")
+            raise UserError(
+                f"model.args.{min(unknown)} does not exist; the fields are those of ModelArgs"
+            )
         return dataclasses.replace(self, **values)
 
     def validate(self) -> None:
@@ -141,15 +143,38 @@ class ModelArgs:
             UserError: with the field, the value and the remedy.
         """
         self._check_types()
-        for name in ("dim", "n_layers", "vocab_size", "n_heads", "n_kv_heads", "head_dim",
-                     "window", "rope_original_len", "loss_chunk_tokens"):
+        for name in (
+            "dim",
+            "n_layers",
+            "vocab_size",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "window",
+            "rope_original_len",
+            "loss_chunk_tokens",
+        ):
             self._require(name, getattr(self, name) >= 1, "give a positive number")
         self._require("rope_theta", self.rope_theta > 1, "give a number above 1")
-        for name in ("norm_eps", "rope_beta_fast", "rope_beta_slow", "swiglu_alpha",
-                     "swiglu_limit", "embed_std", "init_scale"):
+        for name in (
+            "norm_eps",
+            "rope_beta_fast",
+            "rope_beta_slow",
+            "swiglu_alpha",
+            "swiglu_limit",
+            "embed_std",
+            "init_scale",
+        ):
             self._require(name, getattr(self, name) > 0, "give a number above 0")
-        for name in ("num_experts", "hidden_dim", "aux_loss_coef", "router_z_loss_coef",
-                     "bias_update_rate", "logit_softcap", "z_loss"):
+        for name in (
+            "num_experts",
+            "hidden_dim",
+            "aux_loss_coef",
+            "router_z_loss_coef",
+            "bias_update_rate",
+            "logit_softcap",
+            "z_loss",
+        ):
             self._require(name, getattr(self, name) >= 0, "give 0 (off) or a positive number")
         self._check_attention()
         self._check_feed_forward()
@@ -160,44 +185,73 @@ class ModelArgs:
             if field.type is float and type(value) is int:
                 setattr(self, field.name, float(value))
             elif field.type in (int, float, bool, str):
-                self._require(field.name, type(value) is field.type,
-                              f"give a value of type {field.type.__name__}")
+                self._require(
+                    field.name,
+                    type(value) is field.type,
+                    f"give a value of type {field.type.__name__}",
+                )
                 if field.type is float:
-                    self._require(field.name, value == value and abs(value) != float("inf"),
-                                  "give a finite number")
+                    self._require(
+                        field.name,
+                        value == value and abs(value) != float("inf"),
+                        "give a finite number",
+                    )
             else:
                 choices = field.type.__args__
                 self._require(field.name, value in choices, f"choose one of {', '.join(choices)}")
 
     def _check_attention(self) -> None:
-        self._require("head_dim", self.head_dim % 8 == 0,
-                      "give a multiple of 8 (attention kernels and the rotation need it)")
-        self._require("n_kv_heads", self.n_heads % self.n_kv_heads == 0,
-                      f"give a divisor of n_heads = {self.n_heads}")
+        self._require(
+            "head_dim",
+            self.head_dim % 8 == 0,
+            "give a multiple of 8 (attention kernels and the rotation need it)",
+        )
+        self._require(
+            "n_kv_heads",
+            self.n_heads % self.n_kv_heads == 0,
+            f"give a divisor of n_heads = {self.n_heads}",
+        )
         self._require("rope_factor", self.rope_factor >= 1, "give 1 (no YaRN) or more")
         if self.rope_factor > 1:
             shortest = 2 * math.pi * self.rope_beta_slow
-            self._require("rope_original_len", self.rope_original_len > shortest,
-                          f"give more than 2 pi rope_beta_slow = {shortest:.1f} tokens")
-        self._require("rope_beta_fast", self.rope_beta_fast > self.rope_beta_slow,
-                      f"give more than rope_beta_slow = {self.rope_beta_slow}")
-        self._require("window_pattern", bool(self.window_pattern)
-                      and set(self.window_pattern) <= {"S", "L"},
-                      "write it with S (window layer) and L (full layer), such as SL or SSSL")
+            self._require(
+                "rope_original_len",
+                self.rope_original_len > shortest,
+                f"give more than 2 pi rope_beta_slow = {shortest:.1f} tokens",
+            )
+        self._require(
+            "rope_beta_fast",
+            self.rope_beta_fast > self.rope_beta_slow,
+            f"give more than rope_beta_slow = {self.rope_beta_slow}",
+        )
+        self._require(
+            "window_pattern",
+            bool(self.window_pattern) and set(self.window_pattern) <= {"S", "L"},
+            "write it with S (window layer) and L (full layer), such as SL or SSSL",
+        )
 
     def _check_feed_forward(self) -> None:
         if not self.moe:
-            self._require("hidden_dim", self.hidden_dim >= 1,
-                          "a dense model (num_experts = 0) needs a feed-forward width")
+            self._require(
+                "hidden_dim",
+                self.hidden_dim >= 1,
+                "a dense model (num_experts = 0) needs a feed-forward width",
+            )
             return
         self._require("expert_dim", self.expert_dim >= 1, "give a positive number")
-        self._require("top_k", 1 <= self.top_k <= self.num_experts,
-                      f"give a number from 1 to num_experts = {self.num_experts}")
+        self._require(
+            "top_k",
+            1 <= self.top_k <= self.num_experts,
+            f"give a number from 1 to num_experts = {self.num_experts}",
+        )
         if self.experts_backend == "grouped_mm":
             for name in ("dim", "expert_dim"):
-                self._require(name, getattr(self, name) % 8 == 0,
-                              "give a multiple of 8 (grouped_mm needs strides of 16 bytes) "
-                              "or set experts_backend = loop")
+                self._require(
+                    name,
+                    getattr(self, name) % 8 == 0,
+                    "give a multiple of 8 (grouped_mm needs strides of 16 bytes) "
+                    "or set experts_backend = loop",
+                )
 
     def _require(self, name: str, ok: bool, remedy: str) -> None:
         if not ok:

@@ -20,8 +20,12 @@ class InnerAttention(nn.Module):
         self.scale = args.head_dim**-0.5
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        sinks: torch.Tensor | None, mask: object,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        mask: object,
     ) -> torch.Tensor:
         """q [B, S, H, D], k and v [B, S, K, D], sinks [H] or None -> [B, S, H, D]."""
         core = BACKENDS[resolve_backend(self.backend, q.device.type)]
@@ -47,9 +51,11 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: object
     ) -> torch.Tensor:
-        """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D/2], mask: what the core takes."""
+        """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D], mask: what the core takes."""
         batch, seq_len, _ = x.shape
-        q, k, v = (w(x).view(batch, seq_len, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (
+            w(x).view(batch, seq_len, -1, self.head_dim) for w in (self.wq, self.wk, self.wv)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = self.inner_attention(rotate(q, *rope), rotate(k, *rope), v, self.sinks, mask)

@@ -24,8 +24,12 @@ _PAD = 8
 
 
 def eager(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
-    mask: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """The truth: scores, sink column, softmax in fp32, values. mask: bool [B or 1, 1, S, S]."""
     groups = q.shape[2] // k.shape[2]
@@ -42,8 +46,12 @@ def eager(
 
 
 def sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
-    mask: torch.Tensor | None, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
     """torch's fused kernels. mask: bool [B or 1, 1, S, S], or None for plain causal."""
     width = v.shape[-1]
@@ -53,18 +61,26 @@ def sdpa(
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     ).transpose(1, 2)
-    return out[:, int(dummy_query):, :, :width]
+    return out[:, int(dummy_query) :, :, :width]
 
 
 def _sink_as_key(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    scale: float,
     dummy_query: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q with the feature sink/scale, k and v with one more slot in front that answers to it only.
-    """
+    """q with the feature sink/scale, k and v with one more slot in front that answers to it."""
     batch, _, heads, width = q.shape
     rows = q.shape[1] + dummy_query
     feature = (sinks / scale).to(q.dtype).view(1, 1, heads, 1).expand(batch, rows, heads, 1)
@@ -81,15 +97,25 @@ def _compiled_flex() -> Callable:
 
 
 def flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None,
-    mask: object, scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    mask: object,
+    scale: float,
 ) -> torch.Tensor:
     """FlexAttention (CUDA). mask: BlockMask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out, aux = run(q, k, v, block_mask=mask, scale=scale,
-                                enable_gqa=q.shape[1] != k.shape[1],
-                                return_aux=AuxRequest(lse=True))
+    out, aux = run(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
     if sinks is not None:
         kept = torch.sigmoid(aux.lse - sinks.float().view(1, -1, 1))  # [B, H, S]
         out = out * kept.unsqueeze(-1).to(out.dtype)

@@ -1,5 +1,4 @@
-"""One pre-norm residual block: window or full attention, then a mixture of experts or a dense MLP.
-"""
+"""One pre-norm residual block: window or full attention, then experts or a dense MLP."""
 
 import torch
 from torch import nn
@@ -31,7 +30,10 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(args)
 
     def forward(
-        self, h: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: object,
+        self,
+        h: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask: object,
         step_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """h [B, S, dim]; rope, mask: of this batch; step_tokens: see Router."""

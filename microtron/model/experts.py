@@ -34,8 +34,10 @@ class Experts(nn.Module):
         """x [M, dim], the first counts[0] rows for expert 0 and so on; counts [E] -> [M, dim]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weights = [w if w is None else w.to(x.dtype) for w in
-                   (self.gate_up, self.gate_up_bias, self.down, self.down_bias)]
+        weights = [
+            w if w is None else w.to(x.dtype)
+            for w in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
+        ]
         linear = _loop_linear if self.backend == "loop" else grouped_linear
         hidden = swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
         return linear(hidden, *weights[2:], counts)

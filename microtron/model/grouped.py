@@ -13,8 +13,7 @@ import torch.nn.functional as F
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
 ) -> torch.Tensor:
-    """x [M, in], weight [E, in, out], bias [E, out] or None, counts [E] summing to M -> [M, out].
-    """
+    """x [M, in], weight [E, in, out], bias [E, out] or None, counts [E] -> [M, out]."""
     if x.device.type == "cpu":
         return torch.ops.microtron.grouped_linear(x, weight, bias, counts)
     ends = counts.cumsum(0).to(torch.int32)
@@ -64,8 +63,11 @@ def _backward(
 
 @_backward.register_fake
 def _(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor):  # noqa: ANN202
-    return (torch.empty_like(x), torch.empty_like(weight),
-            weight.new_empty(weight.shape[0], weight.shape[2]))
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        weight.new_empty(weight.shape[0], weight.shape[2]),
+    )
 
 
 def _save(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -76,7 +78,8 @@ def _save(ctx, inputs, output) -> None:  # noqa: ANN001
 
 def _differentiate(ctx, grad):  # noqa: ANN001, ANN202
     dx, dweight, dbias = torch.ops.microtron.grouped_linear_backward(
-        grad.contiguous(), *ctx.saved_tensors)
+        grad.contiguous(), *ctx.saved_tensors
+    )
     return dx, dweight, dbias if ctx.has_bias else None, None
 
 

@@ -34,8 +34,7 @@ def full_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """full_loss, ``chunk`` tokens at a time; gradients are made in forward and scaled in backward.
-    """
+    """full_loss, ``chunk`` tokens at a time; forward makes the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, chunk, cap, z, dtype, train):  # noqa: ANN001, ANN205
@@ -53,7 +52,9 @@ class _ChunkedLoss(torch.autograd.Function):
             loss += value
             if need:
                 dlogits = dlogits.to(dtype)
-                torch.mm(dlogits, w, out=dh[part]) if dh.dtype == dtype else dh[part].copy_(dlogits @ w)
+                torch.mm(dlogits, w, out=dh[part]) if dh.dtype == dtype else dh[part].copy_(
+                    dlogits @ w
+                )
                 if dtype == torch.float32:
                     dw.addmm_(dlogits.t(), x)
                 else:
@@ -74,14 +75,15 @@ def _chunk(
     """Loss and gradient for one chunk of logits: raw [n, V], labels [n] -> (sum, [n, V] fp32)."""
     raw = raw.float()
     logits = softcapped(raw, cap)
-    valid = labels != IGNORE
+    valid = (labels != IGNORE).float()
     target = labels.clamp(min=0).unsqueeze(-1)
-    lse = logits.logsumexp(-1)
-    picked = logits.gather(-1, target).squeeze(-1)
-    loss = ((lse - picked + z * lse.square()) * valid).sum()
+    log_probs = torch.log_softmax(logits, -1)
+    lse = logits[:, 0] - log_probs[:, 0]
+    picked = log_probs.gather(-1, target).squeeze(-1)
+    loss = ((z * lse.square() - picked) * valid).sum()
     if not need:
         return loss, None
-    grad = torch.softmax(logits, -1)
+    grad = log_probs.exp_()
     if z:
         grad *= (1 + 2 * z * lse).unsqueeze(-1)
     grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
@@ -97,7 +99,10 @@ class Head(nn.Linear):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args.dim, args.vocab_size, bias=False)
         self.softcap, self.z_loss, self.chunk = (
-            args.logit_softcap, args.z_loss, args.loss_chunk_tokens)
+            args.logit_softcap,
+            args.z_loss,
+            args.loss_chunk_tokens,
+        )
 
     def forward(self, h: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The summed loss counts z-loss in training only, so validation is plain cross-entropy."""
@@ -106,5 +111,13 @@ class Head(nn.Linear):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         z = self.z_loss if self.training else 0.0
-        return _ChunkedLoss.apply(h.flatten(0, 1), self.weight, labels.flatten(), self.chunk,
-                                  self.softcap, z, dtype, torch.is_grad_enabled())
+        return _ChunkedLoss.apply(
+            h.flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            self.chunk,
+            self.softcap,
+            z,
+            dtype,
+            torch.is_grad_enabled(),
+        )

@@ -53,7 +53,9 @@ def std_of(name: str, shape: torch.Size, args: object) -> float | None:
 
 
 def init_parameters(
-    model: nn.Module, args: object, seed: int,
+    model: nn.Module,
+    args: object,
+    seed: int,
     place: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
 ) -> None:
     """Fills every parameter of the model or of a part of it.

@@ -19,7 +19,9 @@ def predicate(window: int | None, documents: torch.Tensor | None) -> Predicate:
         documents: [B, S] document number of each token; None is one document.
     """
 
-    def may_look(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def may_look(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
         allowed = q >= k
         if window is not None:
             allowed = allowed & (q - k < window)
@@ -44,7 +46,8 @@ def dense_mask(
     b = torch.arange(batch, device=device)[:, None, None, None]
     zero = torch.zeros((), dtype=torch.long, device=device)
     return predicate(window, documents)(b, zero, index[:, None], index[None, :]).expand(
-        batch, 1, seq_len, seq_len)
+        batch, 1, seq_len, seq_len
+    )
 
 
 def block_mask(
@@ -54,8 +57,9 @@ def block_mask(
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch = None if documents is None else documents.shape[0]
-    return create_block_mask(predicate(window, documents), batch, None, seq_len, seq_len,
-                             device=device)
+    return create_block_mask(
+        predicate(window, documents), batch, None, seq_len, seq_len, device=device
+    )
 
 
 def build_masks(
@@ -76,7 +80,8 @@ def build_masks(
     if backend == "flex":
         return {kind: block_mask(seq_len, span, documents, device) for kind, span in spans.items()}
     return {
-        kind: None if backend == "sdpa" and span is None and documents is None
+        kind: None
+        if backend == "sdpa" and span is None and documents is None
         else dense_mask(seq_len, span, documents, device)
         for kind, span in spans.items()
     }

@@ -1,6 +1,9 @@
 """The clamped SwiGLU of gpt-oss, and the dense feed-forward made of it."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
@@ -12,9 +15,24 @@ def swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     gate_up: [..., 2 I] as gate0, up0, gate1, up1, ... -> [..., I]. Gate is clamped above at
     ``limit``, up on both sides (gpt-oss ``torch/model.py``, ``swiglu``).
     """
-    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
-    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    gate, up = _Deinterleave.apply(gate_up)
+    # hardtanh is clamp with a vectorised gradient.
+    gate, up = F.hardtanh(gate, -math.inf, limit), F.hardtanh(up, -limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+class _Deinterleave(torch.autograd.Function):
+    """Even and odd columns as contiguous tensors: plain slices make all that follows strided."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ANN001, ANN205
+        return x[..., ::2].contiguous(), x[..., 1::2].contiguous()
+
+    @staticmethod
+    def backward(ctx, even, odd):  # noqa: ANN001, ANN205
+        grad = even.new_empty(*even.shape[:-1], 2 * even.shape[-1])
+        grad[..., ::2], grad[..., 1::2] = even, odd
+        return grad
 
 
 class FeedForward(nn.Module):

@@ -43,8 +43,7 @@ class Transformer(nn.Module):
         self._masks: dict[tuple, dict[str, object]] = {}
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Fills parameters and buffers after `to_empty`; see `init.py` for why it is layout-proof.
-        """
+        """Fills parameters and buffers after `to_empty`; `init.py` says why it is layout-proof."""
         if self.model_args.tie_embeddings and self.tok_embeddings and self.output:
             self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of them
         with torch.no_grad():

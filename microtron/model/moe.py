@@ -31,8 +31,9 @@ class MoE(nn.Module):
         biased = self.load_balance_coeff is not None
         self.register_buffer("expert_bias", torch.empty(experts) if biased else None)
         self.register_buffer("load_fractions", torch.empty(experts))
-        self.register_buffer("tokens_per_expert", torch.empty(experts, dtype=torch.int64),
-                             persistent=False)
+        self.register_buffer(
+            "tokens_per_expert", torch.empty(experts, dtype=torch.int64), persistent=False
+        )
 
     def init_buffers(self) -> None:
         """No bias, even load, nothing counted."""
@@ -47,11 +48,13 @@ class MoE(nn.Module):
         """x [B, S, dim] -> ([B, S, dim], counts [E]). step_tokens: see Router."""
         tokens = x.reshape(-1, x.shape[-1])  # [N, dim]
         weights, experts, counts = self.router(
-            tokens, self.expert_bias, self.load_fractions, step_tokens)
+            tokens, self.expert_bias, self.load_fractions, step_tokens
+        )
+        # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
         order = experts.reshape(-1).argsort(stable=True)  # [N k], slots grouped by expert
-        outputs = self.experts(tokens[order // self.top_k], counts)
+        outputs = self.experts(tokens.index_select(0, order // self.top_k), counts)
         index = torch.arange(order.numel(), device=x.device)
         slots = torch.empty_like(order).scatter(0, order, index)  # where each slot went
-        chosen = outputs[slots].view(-1, self.top_k, x.shape[-1])  # [N, k, dim]
+        chosen = outputs.index_select(0, slots).view(-1, self.top_k, x.shape[-1])  # [N, k, dim]
         mixed = (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(dim=1)
         return mixed.view_as(x), counts

@@ -58,16 +58,17 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq = inverse_frequencies(self.args, device)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [B or 1, S] -> cos, sin: fp32 [B or 1, S, 1, head_dim / 2]."""
+        """positions [B or 1, S] -> cos, signed sin: fp32 [B or 1, S, 1, head_dim]; see `rotate`."""
         angles = positions[..., None, None].float() * self.inv_freq
-        return angles.cos() * self.factor, angles.sin() * self.factor
+        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (x[i], x[i + D/2]) by their angles, in fp32.
 
-    x: [B, S, H, D]; cos, sin: [B or 1, S, 1, D/2]; returns x's shape and dtype.
+    x [B, S, H, D]; cos and sin [B or 1, S, 1, D], the latter with the first half's sign turned, so
+    that one roll does both halves; returns x's shape and dtype.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)

@@ -60,8 +60,11 @@ class Router(nn.Module):
         self.gate = nn.Linear(args.dim, args.num_experts, bias=True)
 
     def forward(
-        self, x: torch.Tensor, expert_bias: torch.Tensor | None,
-        load_fractions: torch.Tensor, step_tokens: int | None,
+        self,
+        x: torch.Tensor,
+        expert_bias: torch.Tensor | None,
+        load_fractions: torch.Tensor,
+        step_tokens: int | None,
     ) -> Routing:
         """Routes N tokens.
 
@@ -79,7 +82,8 @@ class Router(nn.Module):
         weights = logits.gather(-1, experts).softmax(dim=-1)
         flat = experts.reshape(-1)
         counts = torch.zeros_like(load_fractions, dtype=torch.int64).scatter_add(
-            0, flat, torch.ones_like(flat))
+            0, flat, torch.ones_like(flat)
+        )
         if self.training and torch.is_grad_enabled():
             loss = self._losses(logits, counts, load_fractions, step_tokens or x.shape[0])
             if loss is not None:

@@ -19,11 +19,14 @@ class ExpertBalance:
     """Reads and resets the counters of all MoE layers of this rank's model parts."""
 
     def __init__(
-        self, model_parts: list[nn.Module],
+        self,
+        model_parts: list[nn.Module],
         sum_over_ranks: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.layers = {
-            name: layer.moe for part in model_parts for name, layer in part.layers.items()
+            name: layer.moe
+            for part in model_parts
+            for name, layer in part.layers.items()
             if layer.moe_enabled
         }
         self.sum_over_ranks = sum_over_ranks
@@ -47,15 +50,16 @@ class ExpertBalance:
             moe.tokens_per_expert.zero_()
 
     def metrics(self) -> dict[str, object]:
-        """Of the last step, by layer: max/mean load, entropy (1 is even), experts without a token.
-        """
+        """Of the last step, by layer: max/mean load, entropy (1 is even), experts left idle."""
         if self.counts is None:
             return {}
         loads = self.counts.double().cpu()
         shares = loads / loads.sum(1, keepdim=True)
         entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(shares.shape[1]))
         return {
-            "expert_load_max_mean": [round(x, 4) for x in (shares.amax(1) * shares.shape[1]).tolist()],
+            "expert_load_max_mean": [
+                round(x, 4) for x in (shares.amax(1) * shares.shape[1]).tolist()
+            ],
             "expert_entropy": [round(x, 4) for x in entropy.tolist()],
             "dead_experts": (loads == 0).sum(1).tolist(),
         }

@@ -4,8 +4,6 @@ its step.
 
 import functools
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +11,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.errors import UserError
 from microtron.optim.balance import ExpertBalance
 from microtron.optim.groups import parameter_groups
@@ -27,18 +26,25 @@ class GroupedOptimizers(OptimizersContainer):
         self.model_parts = model_parts
         implementation = {"fused": {"fused": True}, "foreach": {"foreach": True}}
         options = {
-            "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps,
-            "weight_decay": config.weight_decay, **implementation.get(config.implementation, {}),
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+            **implementation.get(config.implementation, {}),
         }
-        groups = [parameter_groups(part, config.lr, config.weight_decay, config.decay_embeddings)
-                  for part in model_parts]
+        groups = [
+            parameter_groups(part, config.lr, config.weight_decay, config.decay_embeddings)
+            for part in model_parts
+        ]
         self.optimizers = [ALGORITHMS[config.name](g, **options) for g in groups]
         self._validate_length(len(model_parts))
         self._post_init([p for part in model_parts for p in part.parameters()], options)
 
 
 def build_optimizers(
-    model_parts: list[nn.Module], config: OptimizerConfig, parallel_dims: ParallelDims,
+    model_parts: list[nn.Module],
+    config: OptimizerConfig,
+    parallel_dims: ParallelDims,
     ft_manager: object = None,
 ) -> GroupedOptimizers:
     """TorchTitan's builder signature. The result carries the run's ExpertBalance as ``balance``.
@@ -47,10 +53,14 @@ def build_optimizers(
         UserError: the optimizer in backward was asked for.
     """
     if config.early_step_in_backward:
-        raise UserError("optimizer.early_step_in_backward = true cannot work with gradient clipping: "
-                        "leave it out")
+        raise UserError(
+            "optimizer.early_step_in_backward = true cannot work with gradient clipping: "
+            "leave it out"
+        )
     optimizers = GroupedOptimizers(model_parts, config)
     mesh = parallel_dims.get_optional_mesh("loss")
-    reduce = functools.partial(dist.all_reduce, group=mesh.get_group()) if mesh is not None else None
+    reduce = (
+        functools.partial(dist.all_reduce, group=mesh.get_group()) if mesh is not None else None
+    )
     optimizers.balance = ExpertBalance(model_parts, reduce)
     return optimizers

@@ -48,8 +48,14 @@ def parameter_groups(
     for rule in RULES:
         if members[rule.name]:
             decays = 1.0 if rule.name == "embedding" and decay_embeddings else rule.weight_decay
-            groups.append({"params": members[rule.name], "lr": lr * rule.lr,
-                           "weight_decay": weight_decay * decays, "name": rule.name})
+            groups.append(
+                {
+                    "params": members[rule.name],
+                    "lr": lr * rule.lr,
+                    "weight_decay": weight_decay * decays,
+                    "name": rule.name,
+                }
+            )
     return groups
 
 

@@ -1,7 +1,9 @@
-"""The order in which a model is wrapped, on one page: activation checkpointing, compile, data parallel.
+"""The order in which a model is wrapped, on one page: activation checkpointing, compile, data
+parallel.
 
-Each wraps the blocks from the inside out: what is recomputed is decided first, the result is compiled, and
-sharding hooks go around compiled blocks. TorchTitan calls `parallelize` with a model on the meta device.
+Each wraps the blocks from the inside out: what is recomputed is decided first, the result is
+compiled, and sharding hooks go around compiled blocks. TorchTitan calls `parallelize` with a model
+on the meta device.
 """
 
 from microtron.accelerator import DEVICE_TYPE
@@ -36,8 +38,13 @@ def parallelize(model: Transformer, parallel_dims: ParallelDims, job: JobConfig)
     model.init_seed = job.debug.seed
     model.place_parameter = place
     if job.activation_checkpoint.mode != "none":
-        apply_ac(model, job.activation_checkpoint, model_compile_enabled=job.compile.enable,
-                 op_sac_save_list=SAVED_OPS, base_folder=job.job.dump_folder)
+        apply_ac(
+            model,
+            job.activation_checkpoint,
+            model_compile_enabled=job.compile.enable,
+            op_sac_save_list=SAVED_OPS,
+            base_folder=job.job.dump_folder,
+        )
     if job.compile.enable and "model" in job.compile.components:
         for block in model.layers.values():
             block.compile(backend=job.compile.backend, fullgraph=True)
@@ -53,32 +60,44 @@ def check_layout(job: JobConfig, world_size: int) -> None:
         UserError: with the degree and what works instead.
     """
     p = job.parallelism
-    for name in ("data_parallel_replicate_degree", "tensor_parallel_degree",
-                 "pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree"):
+    for name in (
+        "data_parallel_replicate_degree",
+        "tensor_parallel_degree",
+        "pipeline_parallel_degree",
+        "context_parallel_degree",
+        "expert_parallel_degree",
+    ):
         if getattr(p, name) != 1:
-            raise UserError(f"parallelism.{name} = {getattr(p, name)} is not supported yet: "
-                            "leave it at 1 (all ranks share the data and the weights, FSDP2)")
+            raise UserError(
+                f"parallelism.{name} = {getattr(p, name)} is not supported yet: "
+                "leave it at 1 (all ranks share the data and the weights, FSDP2)"
+            )
     if p.data_parallel_shard_degree not in (-1, world_size):
         raise UserError(
-            f"parallelism.data_parallel_shard_degree = {p.data_parallel_shard_degree} does not make "
-            f"the {world_size} ranks of this run: use {world_size}, or -1 for all of them")
+            f"parallelism.data_parallel_shard_degree = {p.data_parallel_shard_degree} does not "
+            f"make the {world_size} ranks of this run: use {world_size}, or -1 for all of them"
+        )
     ranks_batch = job.training.local_batch_size * world_size
     if job.training.global_batch_size > 0 and job.training.global_batch_size % ranks_batch:
         raise UserError(
             f"training.global_batch_size = {job.training.global_batch_size} is not a multiple of "
             f"local_batch_size x data ranks = {job.training.local_batch_size} x {world_size}: "
-            f"use {max(1, job.training.global_batch_size // ranks_batch) * ranks_batch}")
+            f"use {max(1, job.training.global_batch_size // ranks_batch) * ranks_batch}"
+        )
     if job.activation_checkpoint.mode == "memory_budget" and not job.compile.enable:
-        raise UserError("activation_checkpoint.mode = 'memory_budget' is the compiler's work: "
-                        "set compile.enable = true or choose full")
+        raise UserError(
+            "activation_checkpoint.mode = 'memory_budget' is the compiler's work: "
+            "set compile.enable = true or choose full"
+        )
 
 
 def place(parameter: nn.Parameter, full: torch.Tensor) -> None:
     """Writes a full CPU tensor into a parameter, whole or spread, without communication."""
     if isinstance(parameter, DTensor):
         device = parameter.to_local().device
-        full = distribute_tensor(full.to(device), parameter.device_mesh, parameter.placements,
-                                 src_data_rank=None)
+        full = distribute_tensor(
+            full.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
     parameter.data.copy_(full)
 
 
@@ -95,7 +114,8 @@ def _shard(model: Transformer, parallel_dims: ParallelDims, job: JobConfig) -> N
         "mesh": parallel_dims.get_mesh("fsdp"),
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_reduce]),
+            reduce_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_reduce],
+        ),
     }
     if job.training.enable_cpu_offload and DEVICE_TYPE == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()

@@ -52,17 +52,30 @@ def their_config(args):
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.rope_factor > 1:
         rope = {
-            "rope_type": "yarn", "rope_theta": args.rope_theta, "factor": args.rope_factor,
-            "beta_fast": args.rope_beta_fast, "beta_slow": args.rope_beta_slow, "truncate": False,
+            "rope_type": "yarn",
+            "rope_theta": args.rope_theta,
+            "factor": args.rope_factor,
+            "beta_fast": args.rope_beta_fast,
+            "beta_slow": args.rope_beta_slow,
+            "truncate": False,
             "original_max_position_embeddings": args.rope_original_len,
         }
     return GptOssConfig(
-        num_hidden_layers=args.n_layers, num_local_experts=args.num_experts,
-        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.expert_dim,
-        head_dim=args.head_dim, num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads, sliding_window=args.window,
-        num_experts_per_tok=args.top_k, rope_parameters=rope, rms_norm_eps=args.norm_eps,
-        max_position_embeddings=4096, swiglu_limit=args.swiglu_limit, use_cache=False,
+        num_hidden_layers=args.n_layers,
+        num_local_experts=args.num_experts,
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.expert_dim,
+        head_dim=args.head_dim,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        sliding_window=args.window,
+        num_experts_per_tok=args.top_k,
+        rope_parameters=rope,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=4096,
+        swiglu_limit=args.swiglu_limit,
+        use_cache=False,
     )
 
 
@@ -71,8 +84,11 @@ def twins(**overrides):
     args = tiny_args(n_layers=3, swiglu_limit=1.5, **overrides)
     model = build_random(args)
     theirs = GptOssForCausalLM._from_config(
-        their_config(args), attn_implementation="eager", experts_implementation="eager",
-        dtype=torch.float32)
+        their_config(args),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+    )
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -96,7 +112,8 @@ def compare(**overrides):
     ours_loss.backward()
     assert rel(ours_loss.detach(), loss.detach()) < 1e-5
     assert_same_grads(
-        grads_of(model), {ours(name): p.grad for name, p in theirs.named_parameters()}, 1e-3)
+        grads_of(model), {ours(name): p.grad for name, p in theirs.named_parameters()}, 1e-3
+    )
 
 
 @pytest.mark.parametrize("yarn", [{}, YARN], ids=["rope", "yarn"])
@@ -130,4 +147,5 @@ def test_logits_take_the_plain_gradient():
         out = either(tokens)
         (out if either is model else out.logits).square().mean().backward()
     assert_same_grads(
-        grads_of(model), {ours(name): p.grad for name, p in theirs.named_parameters()}, 1e-3)
+        grads_of(model), {ours(name): p.grad for name, p in theirs.named_parameters()}, 1e-3
+    )

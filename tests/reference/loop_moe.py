@@ -30,8 +30,18 @@ def choose(logits, top_k, selection_bias=None):
     return sorted(range(len(rank)), key=lambda e: rank[e].item(), reverse=True)[:top_k]
 
 
-def moe(x, gate, gate_bias, gate_up, gate_up_bias, down, down_bias, top_k, selection_bias=None,
-        limit=7.0):
+def moe(
+    x,
+    gate,
+    gate_bias,
+    gate_up,
+    gate_up_bias,
+    down,
+    down_bias,
+    top_k,
+    selection_bias=None,
+    limit=7.0,
+):
     """x [N, dim]; gate [E, dim]; expert weights [E, in, out] -> ([N, dim], tokens per expert)."""
     rows, counts = [], [0] * gate.shape[0]
     for token in x:

@@ -80,8 +80,10 @@ ARGUMENTS = {
     "--validation.steps=10": ["validation.steps = 10", "leave it out"],
     "--comm.mode=fake_backend": ["'fake_backend'", "leave it out"],
     "--compile.enable --compile.backend=fast": ["'fast'", "inductor"],
-    "--activation_checkpoint.mode=selective --activation_checkpoint.selective_ac_option=x":
-        ["selective_ac_option = 'x'", "give op"],
+    "--activation_checkpoint.mode=selective --activation_checkpoint.selective_ac_option=x": [
+        "selective_ac_option = 'x'",
+        "give op",
+    ],
 }
 ON_CPU = {
     "--model.args.attn_backend=flex": ["'flex'", "use sdpa"],

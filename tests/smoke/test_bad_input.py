@@ -1,7 +1,7 @@
-"""Bad data, folders, disks, checkpoints, numbers and commands end in one line with a remedy.
+"""Bad data, folders, disks, checkpoints and numbers end in one line with a remedy.
 
 Every case runs as a person would run it (`runs.py`), and every file that was there stays as it was.
-What the configuration alone shows is in test_bad_config.py.
+What the configuration alone shows is in test_bad_config.py, commands in test_bad_commands.py.
 """
 
 import errno
@@ -9,14 +9,12 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from runs import SMALL, Run, assert_one_line, run
 
-from microtron import cli
 from microtron.data.prepare import prepare
 from microtron.data.shards import ShardWriter
 
@@ -29,8 +27,11 @@ OWN = {"log", "comm_traces"}  # what a refused run may leave
 
 def state(folder):
     """Every file of a run, but for logs."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and not OWN & set(p.relative_to(folder).parts)}
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and not OWN & set(p.relative_to(folder).parts)
+    }
 
 
 def refused(argv, folder, *told, **options):
@@ -68,6 +69,7 @@ def finished(tmp_path_factory, tiny_corpus):
 @pytest.fixture
 def longer(tmp_path, finished, tiny_corpus):
     """Goes on with a copy of the finished run, to 8 steps, after ``damage``; it must be refused."""
+
     def check(*told, argv=(), damage=None):
         shutil.copytree(finished.folder, tmp_path / "run")
         if damage is not None:
@@ -91,14 +93,20 @@ def name_a_missing_shard(shard):
     sidecar.write_text(json.dumps(info))
 
 
-@pytest.mark.parametrize("damage, told", [
-    (flip_a_byte, ["train_000000.bin is corrupt: sha256", "copy it again"]),
-    (lambda shard: os.truncate(shard, 5000), ["is truncated: 5000 bytes", "copy it again"]),
-    (lambda shard: shard.unlink(), ["train_000000.bin cannot be read", "copy it again"]),
-    (name_a_missing_shard, ["train_000001.bin cannot be read", "copy it again"]),
-    (lambda shard: (shard.parent / "dataset.json").write_text("{"),
-     ["dataset.json cannot be read", "run `microtron prepare` again"]),
-], ids=["corrupt", "truncated", "gone", "listed but missing", "sidecar"])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (flip_a_byte, ["train_000000.bin is corrupt: sha256", "copy it again"]),
+        (lambda shard: os.truncate(shard, 5000), ["is truncated: 5000 bytes", "copy it again"]),
+        (lambda shard: shard.unlink(), ["train_000000.bin cannot be read", "copy it again"]),
+        (name_a_missing_shard, ["train_000001.bin cannot be read", "copy it again"]),
+        (
+            lambda shard: (shard.parent / "dataset.json").write_text("{"),
+            ["dataset.json cannot be read", "run `microtron prepare` again"],
+        ),
+    ],
+    ids=["corrupt", "truncated", "gone", "listed but missing", "sidecar"],
+)
 def test_damaged_data(tmp_path, data, damage, told):
     damage(data / "train_000000.bin")
     refused([f"--data.dirs={data}"], tmp_path, *told)
@@ -111,32 +119,58 @@ def test_data_that_is_not_there(tmp_path):
     refused([f"--data.dirs={empty}"], tmp_path, f"{empty} has neither", "run `microtron prepare`")
 
 
-@pytest.mark.parametrize("argv, told", [
-    (["--data.source=text:{0}/none/*.txt"], ["none/*.txt matches no file", "correct the path"]),
-    (["--data.source=xml:{0}"], ["'xml:{0}' is not one of: stdlib, text:GLOB"]),
-    (["--data.source=text:{1}/*.txt", "--data.tokenizer=bytes"],
-     ["'bytes' is not one of byte, char", "name a tokenizer.json"]),
-], ids=["glob", "kind", "tokenizer"])
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--data.source=text:{0}/none/*.txt"], ["none/*.txt matches no file", "correct the path"]),
+        (["--data.source=xml:{0}"], ["'xml:{0}' is not one of: stdlib, text:GLOB"]),
+        (
+            ["--data.source=text:{1}/*.txt", "--data.tokenizer=bytes"],
+            ["'bytes' is not one of byte, char", "name a tokenizer.json"],
+        ),
+    ],
+    ids=["glob", "kind", "tokenizer"],
+)
 def test_source_that_cannot_be_prepared(tmp_path, tiny_corpus, argv, told):
     places = tmp_path, tiny_corpus.parent
-    refused([f"--data.dirs={tmp_path}/new", *(a.format(*places) for a in argv)], tmp_path,
-            *(part.format(*places) for part in told))
+    refused(
+        [f"--data.dirs={tmp_path}/new", *(a.format(*places) for a in argv)],
+        tmp_path,
+        *(part.format(*places) for part in told),
+    )
     assert not (tmp_path / "new").exists()
 
 
 def test_data_that_does_not_fit_the_run(tmp_path, tiny_corpus, char_data):
     own = f"--data.dirs={tiny_corpus}"
-    refused([f"--data.dirs={char_data},{tiny_corpus}"], tmp_path, "'byte'", "fingerprint",
-            "choose that tokenizer or run `microtron prepare`")
-    refused([own, "--model.args.vocab_size=200"], tmp_path, "vocab_size = 200", "257 tokens",
-            "--model.args.vocab_size=264")
+    refused(
+        [f"--data.dirs={char_data},{tiny_corpus}"],
+        tmp_path,
+        "'byte'",
+        "fingerprint",
+        "choose that tokenizer or run `microtron prepare`",
+    )
+    refused(
+        [own, "--model.args.vocab_size=200"],
+        tmp_path,
+        "vocab_size = 200",
+        "257 tokens",
+        "--model.args.vocab_size=264",
+    )
     refused([own, "--training.seq_len=50000"], tmp_path, "seq_len 50000", "lower seq_len")
-    refused([own, "--training.local_batch_size=5000"], tmp_path, "global batch of 5000",
-            "prepare more")
-    refused([own, "--data.document_mask", "--data.eot_id=3"], tmp_path, "eot_id 3",
-            "leave eot_id out")
-    refused([f"--data.dirs={char_data}", "--sample.freq=5", "--sample.prompt=€"], tmp_path,
-            "sample.prompt = '€'", "U+20AC", "leave it out")
+    refused(
+        [own, "--training.local_batch_size=5000"], tmp_path, "global batch of 5000", "prepare more"
+    )
+    refused(
+        [own, "--data.document_mask", "--data.eot_id=3"], tmp_path, "eot_id 3", "leave eot_id out"
+    )
+    refused(
+        [f"--data.dirs={char_data}", "--sample.freq=5", "--sample.prompt=€"],
+        tmp_path,
+        "sample.prompt = '€'",
+        "U+20AC",
+        "leave it out",
+    )
 
 
 def test_foreign_shards_with_other_ids_or_without_validation(tmp_path):
@@ -145,8 +179,12 @@ def test_foreign_shards_with_other_ids_or_without_validation(tmp_path):
         shard.write(np.arange(2000) % 300)
     own = f"--data.dirs={tmp_path}/data"
     refused([own], tmp_path, "token id 299", "vocab_size 264", "raise vocab_size to 300")
-    refused([own, "--model.args.vocab_size=304", "--validation.enable"], tmp_path,
-            "no shards of split 'val'", "prepare the dataset with this split")
+    refused(
+        [own, "--model.args.vocab_size=304", "--validation.enable"],
+        tmp_path,
+        "no shards of split 'val'",
+        "prepare the dataset with this split",
+    )
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -161,32 +199,49 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def test_a_model_too_large_for_the_machine(tmp_path):
-    refused([MOCK, "--model.args.vocab_size=99999999999999"], tmp_path, "out of memory",
-            "allocate 6399999999999936 bytes", "choose a smaller model")
+    refused(
+        [MOCK, "--model.args.vocab_size=99999999999999"],
+        tmp_path,
+        "out of memory",
+        "allocate 6399999999999936 bytes",
+        "choose a smaller model",
+    )
 
 
 def overwrite(step):
     (step / "__0_0.distcp").write_bytes(b"\xff" * (step / "__0_0.distcp").stat().st_size)
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda step: (step / "microtron.json").write_text("garbage"),
-     ["step-6/microtron.json", "JSONDecodeError", "move the step away"]),
-    (lambda step: (step / "microtron.json").write_text('{"model_args": 3}'),
-     ["step-6/microtron.json", "TypeError", "move the step away"]),
-    (overwrite, ["cannot load the checkpoint", "step-6", "move it away"]),
-], ids=["identity", "identity of another kind", "shard"])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (
+            lambda step: (step / "microtron.json").write_text("garbage"),
+            ["step-6/microtron.json", "JSONDecodeError", "move the step away"],
+        ),
+        (
+            lambda step: (step / "microtron.json").write_text('{"model_args": 3}'),
+            ["step-6/microtron.json", "TypeError", "move the step away"],
+        ),
+        (overwrite, ["cannot load the checkpoint", "step-6", "move it away"]),
+    ],
+    ids=["identity", "identity of another kind", "shard"],
+)
 def test_unreadable_checkpoint(longer, damage, told):
     longer(*told, damage=damage)
 
 
-@pytest.mark.parametrize("argv, told", [
-    (["--checkpoint.load_step=5"], ["load_step = 5", "is not there", "name one of 2, 4, 6"]),
-    (["--training.seq_len=17"], ["seq_len 17", "choose one that does"]),
-    (["--model.args.load_balance=bias"], ["expert_bias", "set them back"]),
-    ([MOCK, "--data.dirs="], ["other data", "name the same datasets"]),
-    (["--model.args.dim=32"], ["dim 16 there, 32 here", "set these fields back"]),
-], ids=lambda value: value[0] if value[0].startswith("--") else "")
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--checkpoint.load_step=5"], ["load_step = 5", "is not there", "name one of 2, 4, 6"]),
+        (["--training.seq_len=17"], ["seq_len 17", "choose one that does"]),
+        (["--model.args.load_balance=bias"], ["expert_bias", "set them back"]),
+        ([MOCK, "--data.dirs="], ["other data", "name the same datasets"]),
+        (["--model.args.dim=32"], ["dim 16 there, 32 here", "set these fields back"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
 def test_checkpoint_that_does_not_fit(longer, argv, told):
     longer(*told, argv=argv)
 
@@ -200,8 +255,13 @@ def test_initial_weights_that_are_not_there(tmp_path, finished):
 
 
 def test_two_ranks_are_refused_as_one(tmp_path):
-    refused_run = refused([MOCK, "--training.global_batch_size=12"], tmp_path,
-                          "global_batch_size = 12", "4 x 2: use 8", world_size=2)
+    refused_run = refused(
+        [MOCK, "--training.global_batch_size=12"],
+        tmp_path,
+        "global_batch_size = 12",
+        "4 x 2: use 8",
+        world_size=2,
+    )
     assert [rank.exitcode for rank in refused_run.ranks] == [1, 1]
     first, second = tmp_path / "rank0.err", tmp_path / "rank1.err"
     assert second.read_text() == refused_run.err.replace("error:", "error (rank 1):")
@@ -237,17 +297,21 @@ def small_files_from_step_4():
     checkpoints.write_identity = limited
 
 
-@pytest.mark.parametrize("full, cause, mode", [
-    (no_space_for_step_4, "No space left on device", "disabled"),
-    (no_space_for_step_4, "No space left on device", "async"),
-    (small_files_from_step_4, "File too large", "disabled"),
-])
+@pytest.mark.parametrize(
+    "full, cause, mode",
+    [
+        (no_space_for_step_4, "No space left on device", "disabled"),
+        (no_space_for_step_4, "No space left on device", "async"),
+        (small_files_from_step_4, "File too large", "disabled"),
+    ],
+)
 def test_full_disk_while_saving(tmp_path, tiny_corpus, finished, full, cause, mode):
     argv = [*ARGS, f"--data.dirs={tiny_corpus}", f"--checkpoint.async_mode={mode}"]
     ended = Run(argv, tmp_path, prepare=full).wait()
     assert ended.code == 1, ended.told
-    assert_one_line(ended.err, "could not save", cause, "free the disk",
-                    f"newest whole step: {ended.step(2)}")
+    assert_one_line(
+        ended.err, "could not save", cause, "free the disk", f"newest whole step: {ended.step(2)}"
+    )
     assert not (ended.step(4) / ".metadata").exists()
     again = run(argv, tmp_path)
     assert "resumed from" in again.out and "step-2 " in again.out
@@ -285,11 +349,21 @@ def poison():
     Trainer.train_step = step
 
 
-@pytest.mark.parametrize("broken, told", [
-    (no_more_metrics, ["No space left on device", "goes on from the newest whole step"]),
-    (poison, ["step 3 is not finite", "weights layers.1.attention.wq.weight;",
-              "first bad output of layers.1.attention.wq;", "lower optimizer.lr"]),
-])
+@pytest.mark.parametrize(
+    "broken, told",
+    [
+        (no_more_metrics, ["No space left on device", "goes on from the newest whole step"]),
+        (
+            poison,
+            [
+                "step 3 is not finite",
+                "weights layers.1.attention.wq.weight;",
+                "first bad output of layers.1.attention.wq;",
+                "lower optimizer.lr",
+            ],
+        ),
+    ],
+)
 def test_a_run_that_breaks_at_step_3(tmp_path, tiny_corpus, finished, broken, told):
     ended = Run([*ARGS, f"--data.dirs={tiny_corpus}"], tmp_path, prepare=broken).wait()
     assert ended.code == 1, ended.told
@@ -307,37 +381,3 @@ def test_a_learning_rate_that_blows_up(tmp_path):
 
 
 # -- the commands ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments, code, told", [
-    ("prepar", 2, ["'prepar'", "there are: prepare"]),
-    ("prepare --source xml:a --tokenizer byte --out {out}", 1, ["'xml:a'", "stdlib, text:GLOB"]),
-    ("prepare --source text:{out}/*.txt --tokenizer byte --out {out}", 1,
-     ["matches no file", "correct the path"]),
-    ("prepare --source stdlib --tokenizer bytes --out {out}", 1,
-     ["'bytes'", "name a tokenizer.json"]),
-    ("prepare --source stdlib --tokenizer byte --out {out} --val-fraction 2", 1,
-     ["2.0", "try 0.02"]),
-    ("prepare --source stdlib --tokenizer byte --out {out} --workers many", 1, ["many", "--help"]),
-    ("prepare --source stdlib", 1, ["--tokenizer", "--out", "--help"]),
-    ("prepare --source stdlib --tokenizer byte --out {out} stray", 1, ["stray", "--help"]),
-    ("prepare --sorce stdlib --tokenizer byte --out {out}", 1, ["--sorce", "--source", "--help"]),
-], ids=lambda value: value.split("{")[0][:40] if isinstance(value, str) else "")
-def test_commands(tmp_path, capsys, arguments, code, told):
-    out = tmp_path / "out"
-    assert cli.main(arguments.format(out=out).split()) == code
-    assert_one_line(capsys.readouterr().err, *told)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("ngpu", ["two", "0", "-1", "1.5"])
-def test_ngpu_that_is_no_number(tmp_path, ngpu):
-    both = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "setup.sh").read_bytes()
-    stamp = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout
-    (tmp_path / ".installed").write_bytes(stamp)  # so that setup.sh has nothing to do
-    ended = subprocess.run(
-        [ROOT / "run_train.sh"], capture_output=True, text=True, cwd=tmp_path,
-        env=os.environ | {"NGPU": ngpu, "MICROTRON_VENV": str(tmp_path)})
-    assert ended.returncode == 1
-    assert_one_line(ended.stderr, f"NGPU='{ngpu}'", "give 1 or more")
-    assert [p.name for p in tmp_path.iterdir()] == [".installed"]

@@ -10,8 +10,13 @@ import time
 import pytest
 from runs import SMALL, Run, assert_same_contents, run
 
-ARGS = [*SMALL, "--training.steps=8", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=0",
-        "--training.global_batch_size=8"]
+ARGS = [
+    *SMALL,
+    "--training.steps=8",
+    "--checkpoint.interval=2",
+    "--checkpoint.keep_latest_k=0",
+    "--training.global_batch_size=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +98,15 @@ def test_last_step_is_resumable_and_a_finished_run_says_so(tmp_path, data, strai
     assert list(longer.losses()) == list(range(1, 11))
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda step: (step / ".metadata").unlink(), "half-written"),
-    (lambda step: (step / ".metadata").write_bytes(b"\x80\x04garbage"), "unreadable .metadata"),
-    (lambda step: os.truncate(step / "__0_0.distcp", 1000), "truncated"),
-    (lambda step: (step / "__0_0.distcp").unlink(), "is missing"),
-])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda step: (step / ".metadata").unlink(), "half-written"),
+        (lambda step: (step / ".metadata").write_bytes(b"\x80\x04garbage"), "unreadable .metadata"),
+        (lambda step: os.truncate(step / "__0_0.distcp", 1000), "truncated"),
+        (lambda step: (step / "__0_0.distcp").unlink(), "is missing"),
+    ],
+)
 def test_damaged_step_is_skipped(tmp_path, data, straight, damage, told):
     shutil.copytree(straight.folder, tmp_path, dirs_exist_ok=True)
     damage(straight_step := tmp_path / "dump" / "checkpoint" / "step-8")
@@ -118,7 +126,9 @@ def test_resuming_from_an_earlier_step_sets_later_ones_aside(tmp_path, data, str
 
 def test_another_architecture_is_refused(tmp_path, data, straight):
     shutil.copytree(straight.folder, tmp_path, dirs_exist_ok=True)
-    refused = Run([*ARGS, *data, "--model.args.n_heads=4", "--model.args.window=4"], tmp_path).wait()
+    refused = Run(
+        [*ARGS, *data, "--model.args.n_heads=4", "--model.args.window=4"], tmp_path
+    ).wait()
     assert refused.code == 1
     assert refused.err.count("\n") == 1
     assert "n_heads 2 there, 4 here" in refused.err and "window 8 there, 4 here" in refused.err
@@ -136,8 +146,13 @@ def test_asynchronous_saves_resume_to_the_same_bits(tmp_path, data, straight):
 
 
 def test_keep_latest_k(tmp_path, data):
-    argv = [*SMALL, *data, "--training.steps=6", "--checkpoint.interval=1",
-            "--checkpoint.keep_latest_k=2"]
+    argv = [
+        *SMALL,
+        *data,
+        "--training.steps=6",
+        "--checkpoint.interval=1",
+        "--checkpoint.keep_latest_k=2",
+    ]
     done = run(argv, tmp_path)
     left = sorted(p.name for p in (done.dump / "checkpoint").iterdir())
     assert left == ["step-5", "step-6"]

@@ -19,16 +19,36 @@ def data(tiny_corpus):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, data):
-    argv = [*SMALL, *STEPS, *EVAL, *data, "--sample.freq=3", "--sample.prompt=line",
-            "--sample.tokens=12"]
+    argv = [
+        *SMALL,
+        *STEPS,
+        *EVAL,
+        *data,
+        "--sample.freq=3",
+        "--sample.prompt=line",
+        "--sample.tokens=12",
+    ]
     return run(argv, tmp_path_factory.mktemp("plain"))
 
 
 def test_outputs_of_a_run(plain, data):
     lines = plain.lines()
     assert [e["step"] for e in lines] == list(range(1, 7))
-    wanted = {"step", "loss", "grad_norm", "lr", "tokens", "tps", "mfu", "tflops", "memory_gib",
-              "time_s", "expert_load_max_mean", "expert_entropy", "dead_experts"}
+    wanted = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tps",
+        "mfu",
+        "tflops",
+        "memory_gib",
+        "time_s",
+        "expert_load_max_mean",
+        "expert_entropy",
+        "dead_experts",
+    }
     assert all(wanted <= e.keys() for e in lines)
     assert abs(lines[0]["loss"] - math.log(264)) < 0.1
     assert lines[-1]["tokens"] == 6 * 4 * 16 and lines[-1]["loss"] < lines[0]["loss"]
@@ -61,9 +81,11 @@ def test_validation_and_samples_leave_training_alone(plain, tmp_path, data):
 
 @pytest.mark.parametrize("mode", ["full", "selective", "op"])
 def test_activation_checkpointing_changes_nothing(plain, tmp_path, data, mode):
-    options = (["--activation_checkpoint.mode=selective",
-                "--activation_checkpoint.selective_ac_option=op"] if mode == "op"
-               else [f"--activation_checkpoint.mode={mode}"])
+    options = (
+        ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+        if mode == "op"
+        else [f"--activation_checkpoint.mode={mode}"]
+    )
     done = run([*SMALL, *STEPS, *data, *options], tmp_path)
     assert done.losses() == plain.losses()
     for mine, theirs in zip(done.lines(), plain.lines(), strict=True):
@@ -73,8 +95,10 @@ def test_activation_checkpointing_changes_nothing(plain, tmp_path, data, mode):
 
 
 def test_gradient_accumulation_is_the_same_step(plain, tmp_path, data):
-    micro = run([*SMALL, *STEPS, *data, "--training.local_batch_size=1",
-                 "--training.global_batch_size=4"], tmp_path)
+    micro = run(
+        [*SMALL, *STEPS, *data, "--training.local_batch_size=1", "--training.global_batch_size=4"],
+        tmp_path,
+    )
     for step, loss in plain.losses().items():
         assert micro.losses()[step] == pytest.approx(loss, rel=1e-5)
     whole, parts = contents(plain.step(3)), contents(micro.step(3))
@@ -82,7 +106,8 @@ def test_gradient_accumulation_is_the_same_step(plain, tmp_path, data):
         if name.startswith("/layers") and tensor.dim() > 1:
             assert (parts[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
     assert [e["expert_load_max_mean"] for e in micro.lines()] == [
-        e["expert_load_max_mean"] for e in plain.lines()]
+        e["expert_load_max_mean"] for e in plain.lines()
+    ]
 
 
 def test_val_target_stops_the_run(tmp_path, data):
@@ -97,8 +122,16 @@ def test_val_target_stops_the_run(tmp_path, data):
 
 @pytest.mark.parametrize("balance", ["aux_loss", "bias", "none"])
 def test_balancing_modes(tmp_path, data, balance):
-    done = run([*SMALL, *data, "--training.steps=12", f"--model.args.load_balance={balance}",
-                "--model.args.router_z_loss_coef=1e-3"], tmp_path)
+    done = run(
+        [
+            *SMALL,
+            *data,
+            "--training.steps=12",
+            f"--model.args.load_balance={balance}",
+            "--model.args.router_z_loss_coef=1e-3",
+        ],
+        tmp_path,
+    )
     state = contents(done.step(12))
     biased = [v for k, v in state.items() if k.endswith("expert_bias")]
     assert bool(biased) == (balance == "bias")
@@ -109,17 +142,28 @@ def test_balancing_modes(tmp_path, data, balance):
 
 def test_mock_data_dense_model_and_document_masks(tmp_path, data):
     run([*SMALL, *STEPS, "--data.mock"], tmp_path / "mock")
-    dense = run([*SMALL, *STEPS, *EVAL, *data, "--model.args.num_experts=0",
-                 "--model.args.hidden_dim=32"], tmp_path / "dense")
+    dense = run(
+        [*SMALL, *STEPS, *EVAL, *data, "--model.args.num_experts=0", "--model.args.hidden_dim=32"],
+        tmp_path / "dense",
+    )
     assert "expert_load_max_mean" not in dense.lines()[0]
     masked = run([*SMALL, *STEPS, *EVAL, *data, "--data.document_mask"], tmp_path / "masked")
     assert masked.losses().keys() == dense.losses().keys()
 
 
 def test_tensorboard_and_traces_by_option(tmp_path, data):
-    done = run([*SMALL, *STEPS, *data, "--metrics.enable_tensorboard",
-                "--profiling.enable_profiling", "--profiling.profile_freq=5",
-                "--checkpoint.no-enable"], tmp_path)
+    done = run(
+        [
+            *SMALL,
+            *STEPS,
+            *data,
+            "--metrics.enable_tensorboard",
+            "--profiling.enable_profiling",
+            "--profiling.profile_freq=5",
+            "--checkpoint.no-enable",
+        ],
+        tmp_path,
+    )
     assert list((done.dump / "tb").rglob("events.out.tfevents*"))
     traces = list((done.dump / "profile_traces").rglob("*trace.json"))
     assert traces and "traceEvents" in json.loads(traces[0].read_text())
@@ -134,8 +178,9 @@ def test_initial_load_path_takes_the_weights_alone(plain, tmp_path, data):
 
 
 def test_two_ranks_train_as_one(plain, tmp_path, data):
-    both = run([*SMALL, *STEPS, *EVAL, *data, "--training.local_batch_size=2"], tmp_path,
-               world_size=2)
+    both = run(
+        [*SMALL, *STEPS, *EVAL, *data, "--training.local_batch_size=2"], tmp_path, world_size=2
+    )
     for step, loss in plain.losses().items():
         assert both.losses()[step] == pytest.approx(loss, rel=1e-5)
     for mine, theirs in zip(both.lines(), plain.lines(), strict=True):
@@ -144,13 +189,17 @@ def test_two_ranks_train_as_one(plain, tmp_path, data):
         assert mine["expert_load_max_mean"] == theirs["expert_load_max_mean"]
     assert both.lines("val_loss")[0]["val_tokens"] == plain.lines("val_loss")[0]["val_tokens"]
     assert both.lines("val_loss")[0]["val_loss"] == pytest.approx(
-        plain.lines("val_loss")[0]["val_loss"], rel=1e-5)
+        plain.lines("val_loss")[0]["val_loss"], rel=1e-5
+    )
 
 
 def test_resume_on_another_number_of_ranks(plain, tmp_path, data):
     half = ["--training.local_batch_size=2"]
-    run([*SMALL, *data, *half, "--training.steps=3", "--lr_scheduler.total_steps=6"], tmp_path,
-        world_size=2)
+    run(
+        [*SMALL, *data, *half, "--training.steps=3", "--lr_scheduler.total_steps=6"],
+        tmp_path,
+        world_size=2,
+    )
     rest = run([*SMALL, *STEPS, *data, "--lr_scheduler.total_steps=6"], tmp_path)
     for step, loss in plain.losses().items():
         assert rest.losses()[step] == pytest.approx(loss, rel=1e-4)
@@ -159,18 +208,30 @@ def test_resume_on_another_number_of_ranks(plain, tmp_path, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks_train_the_same(plain, tmp_path, data, mode):
-    argv = [*SMALL, *STEPS, *EVAL, *data, "--compile.enable", f"--activation_checkpoint.mode={mode}"]
+    argv = [
+        *SMALL,
+        *STEPS,
+        *EVAL,
+        *data,
+        "--compile.enable",
+        f"--activation_checkpoint.mode={mode}",
+    ]
     done = run(argv, tmp_path)
     for step, loss in plain.losses().items():
         assert done.losses()[step] == pytest.approx(loss, rel=1e-4)
     assert torch.isfinite(torch.tensor(list(done.losses().values()))).all()
     assert [e["expert_load_max_mean"] for e in done.lines()] == [
-        e["expert_load_max_mean"] for e in plain.lines()]
+        e["expert_load_max_mean"] for e in plain.lines()
+    ]
 
 
 def test_a_missing_dataset_is_prepared_on_first_use(plain, tmp_path, tiny_corpus):
-    options = [*SMALL, *STEPS, f"--data.dirs={tmp_path / 'new'}",
-               f"--data.source=text:{tiny_corpus.parent}/*.txt"]
+    options = [
+        *SMALL,
+        *STEPS,
+        f"--data.dirs={tmp_path / 'new'}",
+        f"--data.source=text:{tiny_corpus.parent}/*.txt",
+    ]
     first = run(options, tmp_path / "a")
     assert "preparing" in first.out and first.losses() == plain.losses()
     second = run(options, tmp_path / "b")

@@ -40,13 +40,16 @@ def pretend(monkeypatch, seconds, cores):
     monkeypatch.setattr(accelerator, "_probe", lambda: seconds[torch.get_num_threads()])
 
 
-@pytest.mark.parametrize("seconds, cores, ranks, chosen", [
-    ({1: 0.02, 2: 0.20}, 2, 1, 1),  # spin-waiting: the second thread hurts
-    ({1: 0.02, 2: 0.011}, 2, 1, 2),
-    ({1: 0.02, 2: 0.018}, 2, 1, 1),  # hardly better: not worth it
-    ({1: 0.08, 2: 0.04, 4: 0.02, 8: 0.03}, 8, 1, 4),
-    ({1: 0.08, 2: 0.04, 4: 0.02, 8: 0.01}, 8, 4, 2),  # four ranks share eight cores
-])
+@pytest.mark.parametrize(
+    "seconds, cores, ranks, chosen",
+    [
+        ({1: 0.02, 2: 0.20}, 2, 1, 1),  # spin-waiting: the second thread hurts
+        ({1: 0.02, 2: 0.011}, 2, 1, 2),
+        ({1: 0.02, 2: 0.018}, 2, 1, 1),  # hardly better: not worth it
+        ({1: 0.08, 2: 0.04, 4: 0.02, 8: 0.03}, 8, 1, 4),
+        ({1: 0.08, 2: 0.04, 4: 0.02, 8: 0.01}, 8, 4, 2),  # four ranks share eight cores
+    ],
+)
 def test_the_probe_picks(monkeypatch, threads, seconds, cores, ranks, chosen):
     pretend(monkeypatch, seconds, cores)
     told = accelerator.pick_threads(ranks)

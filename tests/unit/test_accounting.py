@@ -18,10 +18,20 @@ def test_counts_agree_with_the_module_tree(name):
         accounting.check(Transformer(args), args)
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, {"num_experts": 0}, {"tie_embeddings": True}, {"sinks": False}, {"qk_norm": True},
-    {"attention_bias": False}, {"mlp_bias": False}, {"n_kv_heads": 1}, {"n_kv_heads": 4},
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"num_experts": 0},
+        {"tie_embeddings": True},
+        {"sinks": False},
+        {"qk_norm": True},
+        {"attention_bias": False},
+        {"mlp_bias": False},
+        {"n_kv_heads": 1},
+        {"n_kv_heads": 4},
+    ],
+)
 def test_counts_of_every_choice(overrides):
     args = tiny_args(**overrides)
     accounting.check(build(args), args)
@@ -44,8 +54,15 @@ def test_the_656m_flavor_and_its_dense_twin():
     sparse, dense = flavor("gpt_oss_656m"), flavor("gpt_oss_656m_dense")
     counted = accounting.count_parameters(sparse)
     assert counted.non_embedding == pytest.approx(656e6, rel=0.01)
-    assert (sparse.n_layers, sparse.dim, sparse.expert_dim, sparse.num_experts, sparse.top_k,
-            sparse.head_dim, sparse.vocab_size) == (12, 1440, 1440, 8, 4, 64, 50304)
+    assert (
+        sparse.n_layers,
+        sparse.dim,
+        sparse.expert_dim,
+        sparse.num_experts,
+        sparse.top_k,
+        sparse.head_dim,
+        sparse.vocab_size,
+    ) == (12, 1440, 1440, 8, 4, 64, 50304)
     assert sparse.n_heads % 8 == 0 and sparse.n_kv_heads % 8 == 0
     flops = [sum(accounting.flops_per_token(a, 2048).values()) for a in (sparse, dense)]
     assert flops[1] == pytest.approx(flops[0], rel=1e-3)  # the router is the difference

@@ -73,8 +73,10 @@ def test_the_table_has_no_stale_field():
     assert set(BAD) == set(FIELDS)
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelArgs)
-                                  if typing.get_origin(f.type) is typing.Literal])
+@pytest.mark.parametrize(
+    "name",
+    [f.name for f in dataclasses.fields(ModelArgs) if typing.get_origin(f.type) is typing.Literal],
+)
 def test_choices_are_listed_and_accepted(name):
     choices = typing.get_args(ModelArgs.__dataclass_fields__[name].type)
     message = refusal(**{name: "nonsense"})

@@ -17,10 +17,16 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0], [0, 0, 1, 2, 3, 4, 
 def inputs(n_kv_heads=2, dtype=torch.float32, seed=0):
     """Leaves q, k, v, sinks; logits of a few units, so that neither keys nor sinks vanish."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(2, SEQ_LEN, HEADS, WIDTH), (2, SEQ_LEN, n_kv_heads, WIDTH),
-              (2, SEQ_LEN, n_kv_heads, WIDTH), (HEADS,)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-            for s in shapes]
+    shapes = [
+        (2, SEQ_LEN, HEADS, WIDTH),
+        (2, SEQ_LEN, n_kv_heads, WIDTH),
+        (2, SEQ_LEN, n_kv_heads, WIDTH),
+        (HEADS,),
+    ]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for s in shapes
+    ]
 
 
 def run(core, leaves, sinks=True, kind="full", positions=None):
@@ -39,8 +45,9 @@ def run(core, leaves, sinks=True, kind="full", positions=None):
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_eager_against_reference(n_kv_heads, kind, sinks):
     leaves = inputs(n_kv_heads)
-    expected = sink_attention(*leaves[:3], leaves[3] if sinks else None,
-                              WINDOW if kind == "window" else None)
+    expected = sink_attention(
+        *leaves[:3], leaves[3] if sinks else None, WINDOW if kind == "window" else None
+    )
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
     grads = torch.autograd.grad(expected, leaves if sinks else leaves[:3], upstream)
     actual = run(eager, leaves, sinks, kind)
@@ -51,8 +58,9 @@ def test_eager_against_reference(n_kv_heads, kind, sinks):
 @pytest.mark.parametrize("kind", ["full", "window"])
 def test_eager_keeps_documents_apart(kind):
     leaves = inputs()
-    expected = sink_attention(*leaves, WINDOW if kind == "window" else None,
-                              document_numbers(POSITIONS).tolist())
+    expected = sink_attention(
+        *leaves, WINDOW if kind == "window" else None, document_numbers(POSITIONS).tolist()
+    )
     assert rel(run(eager, leaves, True, kind, POSITIONS)[0], expected) < 1e-5
 
 
@@ -94,8 +102,9 @@ def test_full_causal_sdpa_needs_no_mask():
 def test_bf16_stays_near_fp32(core, kind):
     leaves = inputs(dtype=torch.bfloat16)
     exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
-    for ours, theirs in zip(run(core, leaves, True, kind), run(eager, exact, True, kind),
-                            strict=True):
+    for ours, theirs in zip(
+        run(core, leaves, True, kind), run(eager, exact, True, kind), strict=True
+    ):
         assert ours.dtype == torch.bfloat16
         assert rel(ours, theirs) < 2e-2
 

@@ -45,8 +45,10 @@ def build_head(**overrides):
 def both(head, h, labels, scale=1.0):
     """([loss, dh, dw] chunked, the same in full)."""
     results = []
-    for loss in (head(h, labels),
-                 full_loss(h[0], head.weight, labels[0], head.softcap, head.z_loss)):
+    for loss in (
+        head(h, labels),
+        full_loss(h[0], head.weight, labels[0], head.softcap, head.z_loss),
+    ):
         results.append([loss, *torch.autograd.grad(loss * scale, (h, head.weight))])
     return results
 
@@ -141,7 +143,8 @@ def test_validation_is_plain_cross_entropy():
     h, labels = inputs()
     head.eval()
     plain = torch.nn.functional.cross_entropy(
-        head(h)[0], labels[0], ignore_index=IGNORE, reduction="sum")
+        head(h)[0], labels[0], ignore_index=IGNORE, reduction="sum"
+    )
     assert rel(head(h, labels), plain) < 1e-5
 
 
@@ -176,5 +179,6 @@ def test_model_with_labels_returns_the_sum_over_its_logits():
     model, tokens = build_random(args), tokens_of(args)
     labels = tokens.roll(-1, 1)
     expected = torch.nn.functional.cross_entropy(
-        model(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+        model(tokens).flatten(0, 1), labels.flatten(), reduction="sum"
+    )
     assert rel(model(tokens, labels=labels), expected) < 1e-5

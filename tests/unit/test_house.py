@@ -13,8 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "microtron").rglob("*.py"))
-SOURCES = sorted(p for folder in ("microtron", "tests", "benchmarks")
-                 for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".sh"))
+SOURCES = sorted(
+    p
+    for folder in ("microtron", "tests", "benchmarks")
+    for p in (ROOT / folder).rglob("*")
+    if p.suffix in (".py", ".sh")
+)
 SOURCES += sorted(ROOT.glob("*.sh"))
 MOST_LINES = 400
 
@@ -36,33 +40,85 @@ MAY_IMPORT = {
     "batch": ("model",),
     "loss": (),
     "sample": (),
-    "profiling": (),
+    "profiling": ("accelerator",),
     "checkpoints": ("errors", "model.args"),
     "diagnose": ("errors", "model"),
     "metrics": ("accelerator",),
     "startup": ("errors", "model"),
     "validate": ("accelerator", "batch", "config", "data", "metrics", "model", "parallel"),
-    "spec": ("accelerator", "config", "data", "errors", "flavors", "loss", "metrics", "model",
-             "optim", "parallel", "validate"),
-    "train": ("accelerator", "batch", "checkpoints", "diagnose", "errors", "metrics", "model",
-              "parallel", "parse", "profiling", "sample", "spec", "startup"),
+    "spec": (
+        "accelerator",
+        "config",
+        "data",
+        "errors",
+        "flavors",
+        "loss",
+        "metrics",
+        "model",
+        "optim",
+        "parallel",
+        "validate",
+    ),
+    "train": (
+        "accelerator",
+        "batch",
+        "checkpoints",
+        "diagnose",
+        "errors",
+        "metrics",
+        "model",
+        "parallel",
+        "parse",
+        "profiling",
+        "sample",
+        "spec",
+        "startup",
+    ),
 }
 # Who may know that there is more than one process (torch.distributed, DTensors, meshes).
-DISTRIBUTED = {"parallel", "train", "optim.build", "metrics", "validate", "diagnose", "profiling",
-               "checkpoints"}
+DISTRIBUTED = {
+    "parallel",
+    "train",
+    "optim.build",
+    "metrics",
+    "validate",
+    "diagnose",
+    "profiling",
+    "checkpoints",
+}
 # Who may import TorchTitan; nobody else needs it to be read, or run.
-TITAN = {"accelerator", "check", "parse", "parallel", "optim.build", "metrics", "validate", "spec",
-         "train"}
+TITAN = {
+    "accelerator",
+    "check",
+    "parse",
+    "profiling",
+    "parallel",
+    "optim.build",
+    "metrics",
+    "validate",
+    "spec",
+    "train",
+}
 ENVIRONMENT = {"accelerator", "train"}
 OPTIONAL = {"datasets", "pyarrow", "tiktoken", "tokenizers", "matplotlib", "wandb", "transformers"}
 # What a module may call while it is imported: names for things, no work.
 CALLS_AT_IMPORT = {
-    "logging.getLogger", "re.compile", "TypeVar", "object", "field", "bytes", "range",
-    "hashlib.sha256", "hashlib.sha256(b'microtron byte 1').hexdigest", "'|'.join",
+    "logging.getLogger",
+    "re.compile",
+    "TypeVar",
+    "object",
+    "field",
+    "bytes",
+    "range",
+    "hashlib.sha256",
+    "hashlib.sha256(b'microtron byte 1').hexdigest",
+    "'|'.join",
     "Rule",  # optim/groups.py: rows of its table
     "_optional_fields",  # config.py: [model.args] from ModelArgs
-    "torch.library.custom_op", "_forward.register_autograd",  # model/grouped.py: its operators
-    "torch.no_grad", "dataclass",
+    "torch.library.custom_op",
+    "_forward.register_autograd",  # model/grouped.py: its operators
+    "torch.no_grad",
+    "dataclass",
 }
 AT_IMPORT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
@@ -120,8 +176,12 @@ def dotted(node):
 
 def hasty_imports(name, tree):
     """Optional packages imported with the module instead of in the function that needs them."""
-    late = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-            for inner in ast.walk(node)}
+    late = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in late:
             for module in imports(ast.Module([node], [])):
@@ -134,8 +194,11 @@ def environment(name, tree):
     if name in ENVIRONMENT:
         return
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.ImportFrom) else [
-            getattr(node, "attr", "")]
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else [getattr(node, "attr", "")]
+        )
         if {"environ", "getenv", "putenv", "environb"} & set(names):
             yield f"{name}:{node.lineno} touches os.environ"
 
@@ -157,7 +220,8 @@ def runs_at_import(statement):
         return statement.decorator_list + [d for d in defaults if d is not None]
     if isinstance(statement, ast.ClassDef):
         return statement.decorator_list + [
-            part for inner in statement.body for part in runs_at_import(inner)]
+            part for inner in statement.body for part in runs_at_import(inner)
+        ]
     return [statement]
 
 
@@ -200,8 +264,14 @@ def bare_functions(name, tree):
                 yield f"{name}.{node.name} has no docstring"
 
 
-RULES = (wrong_directions, wrong_libraries, hasty_imports, environment, work_at_import,
-         bare_functions)
+RULES = (
+    wrong_directions,
+    wrong_libraries,
+    hasty_imports,
+    environment,
+    work_at_import,
+    bare_functions,
+)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -212,41 +282,66 @@ def test_package(rule):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("rule, name, source, breach", [
-    (wrong_directions, "model.moe", "from microtron.parallel import apply", "imports parallel"),
-    (wrong_directions, "model.moe", "def f():\n    import microtron.flavors", "imports flavors"),
-    (wrong_directions, "data.loader", "from microtron.model.args import A", "imports model.args"),
-    (wrong_directions, "spec", "from microtron import train", "imports train"),
-    (wrong_directions, "flavors", "from microtron.model.model import T", "imports model.model"),
-    (wrong_directions, "brand.new", "", "not in MAY_IMPORT"),
-    (wrong_libraries, "model.moe", "import torch.distributed as dist", "torch.distributed"),
-    (wrong_libraries, "model.moe", "from torch import distributed", "torch.distributed"),
-    (wrong_libraries, "model.moe", "import torch\ntorch.distributed.get_rank()", "uses torch.dist"),
-    (wrong_libraries, "data.loader", "from torchtitan.config import JobConfig", "torchtitan"),
-    (wrong_libraries, "model.moe", "import numpy as np", "torch alone"),
-    (hasty_imports, "data.sources", "import pyarrow.parquet as pq", "pyarrow.parquet"),
-    (hasty_imports, "loss", "try:\n    import wandb\nexcept ImportError:\n    pass", "wandb"),
-    (environment, "data.loader", "import os\nx = os.environ['A']", "touches"),
-    (environment, "data.loader", "from os import environ", "touches"),
-    (environment, "data.loader", "import os\nx = os.getenv('A')", "touches"),
-    (work_at_import, "loss", "x = open('a')", "calls open"),
-    (work_at_import, "loss", "print('hello')", "calls print"),
-    (work_at_import, "loss", "for i in (1, 2):\n    pass", "runs"),
-    (work_at_import, "loss", "def f(x: int = len('a')):\n    pass", "calls len"),
-    (work_at_import, "loss", "class A:\n    x = sorted([1])", "calls sorted"),
-    (bare_functions, "loss", "def f(x) -> int:\n    '''Doc.'''", "lacks types: x"),
-    (bare_functions, "loss", "def f(x: int):\n    '''Doc.'''", "its result"),
-    (bare_functions, "loss", "class A:\n    def f(self) -> int:\n        return 1", "no docstring"),
-])
+@pytest.mark.parametrize(
+    "rule, name, source, breach",
+    [
+        (wrong_directions, "model.moe", "from microtron.parallel import apply", "imports parallel"),
+        (
+            wrong_directions,
+            "model.moe",
+            "def f():\n    import microtron.flavors",
+            "imports flavors",
+        ),
+        (
+            wrong_directions,
+            "data.loader",
+            "from microtron.model.args import A",
+            "imports model.args",
+        ),
+        (wrong_directions, "spec", "from microtron import train", "imports train"),
+        (wrong_directions, "flavors", "from microtron.model.model import T", "imports model.model"),
+        (wrong_directions, "brand.new", "", "not in MAY_IMPORT"),
+        (wrong_libraries, "model.moe", "import torch.distributed as dist", "torch.distributed"),
+        (wrong_libraries, "model.moe", "from torch import distributed", "torch.distributed"),
+        (
+            wrong_libraries,
+            "model.moe",
+            "import torch\ntorch.distributed.get_rank()",
+            "uses torch.dist",
+        ),
+        (wrong_libraries, "data.loader", "from torchtitan.config import JobConfig", "torchtitan"),
+        (wrong_libraries, "model.moe", "import numpy as np", "torch alone"),
+        (hasty_imports, "data.sources", "import pyarrow.parquet as pq", "pyarrow.parquet"),
+        (hasty_imports, "loss", "try:\n    import wandb\nexcept ImportError:\n    pass", "wandb"),
+        (environment, "data.loader", "import os\nx = os.environ['A']", "touches"),
+        (environment, "data.loader", "from os import environ", "touches"),
+        (environment, "data.loader", "import os\nx = os.getenv('A')", "touches"),
+        (work_at_import, "loss", "x = open('a')", "calls open"),
+        (work_at_import, "loss", "print('hello')", "calls print"),
+        (work_at_import, "loss", "for i in (1, 2):\n    pass", "runs"),
+        (work_at_import, "loss", "def f(x: int = len('a')):\n    pass", "calls len"),
+        (work_at_import, "loss", "class A:\n    x = sorted([1])", "calls sorted"),
+        (bare_functions, "loss", "def f(x) -> int:\n    '''Doc.'''", "lacks types: x"),
+        (bare_functions, "loss", "def f(x: int):\n    '''Doc.'''", "its result"),
+        (
+            bare_functions,
+            "loss",
+            "class A:\n    def f(self) -> int:\n        return 1",
+            "no docstring",
+        ),
+    ],
+)
 def test_every_rule_sees_a_breach(rule, name, source, breach):
     assert breach in " ".join(rule(name, ast.parse(source)))
 
 
 def test_rules_let_good_code_pass():
-    good = ("'''Doc.'''\nimport re\nfrom torch import nn\n_X = re.compile('a')\n"
-            "F = {1: lambda v: len(v)}\n"
-            "def f(x: int = 3) -> int:\n    '''Doc.'''\n    import os\n    return len('a')\n"
-            "def _g(x): return print(x)\nif __name__ == '__main__':\n    f()\n")
+    good = (
+        "'''Doc.'''\nimport re\nfrom torch import nn\n_X = re.compile('a')\n"
+        "F = {1: lambda v: len(v)}\n"
+        "def f(x: int = 3) -> int:\n    '''Doc.'''\n    import os\n    return len('a')\n"
+        "def _g(x): return print(x)\nif __name__ == '__main__':\n    f()\n"
+    )
     for rule in RULES:
         assert not list(rule("model.moe", ast.parse(good))), rule
 
@@ -258,8 +353,11 @@ def test_the_tables_name_what_is_there():
 
 
 def test_no_file_is_long():
-    long = {str(p.relative_to(ROOT)): n for p in SOURCES
-            if (n := p.read_text().count("\n")) > MOST_LINES}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in SOURCES
+        if (n := p.read_text().count("\n")) > MOST_LINES
+    }
     assert not long
     assert len(SOURCES) > 60  # and there was something to count
 
@@ -273,11 +371,18 @@ def test_every_file_says_what_it_is():
     assert not [path for path in SOURCES if not says(path, path.read_text())]
 
 
-@pytest.mark.parametrize("code, absent", [
-    ("import microtron", ["torch", "numpy"]),
-    ("import sys; from microtron.cli import main; sys.exit(main(['--help']))", ["torch", "numpy"]),
-    ("import microtron.model.model", ["torchtitan"]),
-], ids=["import", "--help", "model"])
+@pytest.mark.parametrize(
+    "code, absent",
+    [
+        ("import microtron", ["torch", "numpy"]),
+        (
+            "import sys; from microtron.cli import main; sys.exit(main(['--help']))",
+            ["torch", "numpy"],
+        ),
+        ("import microtron.model.model", ["torchtitan"]),
+    ],
+    ids=["import", "--help", "model"],
+)
 def test_light_imports(code, absent):
     found = f"sorted({set(absent)} & sys.modules.keys())"
     code = f"import atexit, sys\natexit.register(lambda: print({found}))\n{code}"

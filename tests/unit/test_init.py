@@ -102,8 +102,9 @@ def test_the_seed_and_the_name_decide():
         assert torch.equal(tensor, two[name]) == constant, name
     assert not torch.equal(one["layers.0.attention.wq.weight"], one["layers.1.attention.wq.weight"])
     assert not torch.equal(one["layers.0.attention.wk.weight"], one["layers.0.attention.wv.weight"])
-    assert not torch.equal(one["layers.0.moe.experts.gate_up"][0],
-                           one["layers.0.moe.experts.gate_up"][1])
+    assert not torch.equal(
+        one["layers.0.moe.experts.gate_up"][0], one["layers.0.moe.experts.gate_up"][1]
+    )
 
 
 def test_through_meta_and_to_empty():
@@ -149,10 +150,19 @@ def test_untied_embeddings_are_two():
     assert not torch.equal(model.output.weight, model.tok_embeddings.weight)
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, {"tie_embeddings": True}, {"num_experts": 0, "hidden_dim": 256}, {"n_layers": 8},
-    {"dim": 64, "vocab_size": 2000}, {"qk_norm": True, "sinks": False}, {"init_scale": 0.5},
-], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"num_experts": 0, "hidden_dim": 256},
+        {"n_layers": 8},
+        {"dim": 64, "vocab_size": 2000},
+        {"qk_norm": True, "sinks": False},
+        {"init_scale": 0.5},
+    ],
+    ids=str,
+)
 def test_the_first_loss_is_ln_v(overrides):
     args = ModelArgs(**overrides)
     model, tokens = build(args), tokens_of(args, batch=4, seq_len=64)
@@ -179,7 +189,8 @@ def test_standard_deviations():
     dense = weights(build(args.override({"num_experts": 0})))
     for name, std in (("gate_up", 1.5 / 16), ("down", 1.5 / math.sqrt(192) / residual)):
         assert dense[f"layers.0.feed_forward.{name}.weight"].std().item() == pytest.approx(
-            std, rel=0.05)
+            std, rel=0.05
+        )
 
 
 def test_place_receives_every_parameter_in_full():

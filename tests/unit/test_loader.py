@@ -28,8 +28,16 @@ def data(tmp_path):
 
 def make(folders, weights=None, split="train", **options):
     folders = folders if isinstance(folders, list) else [folders]
-    defaults = dict(seq_len=8, batch_size=1, rank=0, world_size=1, seed=1, vocab_size=10**6,
-                    tokenizer_fingerprint=None, prefetch=0)
+    defaults = dict(
+        seq_len=8,
+        batch_size=1,
+        rank=0,
+        world_size=1,
+        seed=1,
+        vocab_size=10**6,
+        tokenizer_fingerprint=None,
+        prefetch=0,
+    )
     return TokenLoader(folders, weights, split, **(defaults | options))
 
 
@@ -60,8 +68,9 @@ def global_rows(folders, steps, batch_size, world_size, start=None, **options):
 
 
 def windows(shards, seq_len):
-    return [s[i : i + seq_len + 1].tolist() for s in shards
-            for i in range(0, len(s) - seq_len, seq_len)]
+    return [
+        s[i : i + seq_len + 1].tolist() for s in shards for i in range(0, len(s) - seq_len, seq_len)
+    ]
 
 
 def test_each_epoch_takes_every_window_once_in_a_new_order(data):
@@ -90,8 +99,7 @@ def test_ranks_and_batches_cut_the_same_order(data, batch_size, world_size, pref
 def test_resuming_on_other_ranks_continues_without_gap_or_repeat(data, prefetch):
     expected, state, found = take(make(data), 6 + 20 + 6 + 7), None, []
     for steps, batch_size, world_size in ((3, 2, 1), (5, 1, 4), (1, 3, 2), (7, 1, 1)):
-        rows, state = global_rows(
-            [data], steps, batch_size, world_size, state, prefetch=prefetch)
+        rows, state = global_rows([data], steps, batch_size, world_size, state, prefetch=prefetch)
         found += rows
     assert found == expected
 
@@ -148,10 +156,12 @@ def test_positions_restart_at_each_document(tmp_path, share):
     rng = np.random.default_rng(0)
     ids = np.where(rng.random(3000) < share, 256, rng.integers(0, 256, 3000))
     folder = write_dataset(tmp_path / "d", [ids])
-    for inputs, _ in islice(iter(make(folder, batch_size=4, seq_len=16, document_positions=True)),
-                            40):
-        for tokens, positions in zip(inputs["input"].tolist(), inputs["positions"].tolist(),
-                                     strict=True):
+    for inputs, _ in islice(
+        iter(make(folder, batch_size=4, seq_len=16, document_positions=True)), 40
+    ):
+        for tokens, positions in zip(
+            inputs["input"].tolist(), inputs["positions"].tolist(), strict=True
+        ):
             at = -1
             for token, position in zip(tokens, positions, strict=True):
                 at = 0 if token == 256 else at + 1
@@ -183,8 +193,10 @@ def test_mixture_shares_and_each_dataset_s_own_epochs(tmp_path):
 
 
 def test_datasets_of_one_size_are_shuffled_differently(tmp_path):
-    folders = [write_dataset(tmp_path / n, unique_shards([801], f), dtype="uint32")
-               for n, f in (("a", 0), ("b", 10_000))]
+    folders = [
+        write_dataset(tmp_path / n, unique_shards([801], f), dtype="uint32")
+        for n, f in (("a", 0), ("b", 10_000))
+    ]
     rows = take(make(folders, [1, 1]), 200)
     first = [row[0] for row in rows if row[0] < 10_000]
     second = [row[0] - 10_000 for row in rows if row[0] >= 10_000]
@@ -204,8 +216,7 @@ def test_narrow_and_wide_shards_mix(tmp_path):
     narrow = write_dataset(tmp_path / "narrow", [np.arange(50)], dtype="uint16")
     for folders in ([wide, narrow], [narrow, wide]):
         rows = take(make(folders), 12)
-        assert sorted(row[0] for row in rows) == [
-            *range(0, 48, 8), *range(100_000, 100_048, 8)]
+        assert sorted(row[0] for row in rows) == [*range(0, 48, 8), *range(100_000, 100_048, 8)]
 
 
 def test_without_weights_datasets_are_joined(tmp_path):
@@ -214,8 +225,9 @@ def test_without_weights_datasets_are_joined(tmp_path):
     expected = windows(sum(parts, []), 8)
     rows = take(make(folders), len(expected))
     assert sorted(rows) == sorted(expected) and rows != expected
-    crossings = sum((a[0] < 10_000) != (b[0] < 10_000) for a, b in zip(rows, rows[1:],
-                                                                       strict=False))
+    crossings = sum(
+        (a[0] < 10_000) != (b[0] < 10_000) for a, b in zip(rows, rows[1:], strict=False)
+    )
     assert crossings > 4  # shuffled as one
 
 
@@ -226,8 +238,15 @@ def targets_of(folder, world_size, batch_size, **options):
     """(input token, target) of all ranks' rows, and the number of batches of each rank."""
     pairs, counts = [], []
     for rank in range(world_size):
-        loader = make(folder, split="val", rank=rank, world_size=world_size, infinite=False,
-                      batch_size=batch_size, **({"shuffle": False} | options))
+        loader = make(
+            folder,
+            split="val",
+            rank=rank,
+            world_size=world_size,
+            infinite=False,
+            batch_size=batch_size,
+            **({"shuffle": False} | options),
+        )
         batches = list(loader)
         counts.append(len(batches))
         for inputs, labels in batches:
@@ -269,8 +288,10 @@ def test_a_pass_ends_and_starts_over(data):
 
 
 def test_one_pass_joins_datasets_and_refuses_weights(tmp_path):
-    folders = [write_dataset(tmp_path / n, [[1, 2]], unique_shards([30], f))
-               for n, f in (("a", 0), ("b", 1000))]
+    folders = [
+        write_dataset(tmp_path / n, [[1, 2]], unique_shards([30], f))
+        for n, f in (("a", 0), ("b", 1000))
+    ]
     pairs, _ = targets_of(folders, 2, 2)
     assert sorted(t for _, t in pairs) == [*range(1, 30), *range(1001, 1030)]
     with pytest.raises(UserError, match="one pass"):
@@ -321,8 +342,9 @@ def test_state_travels_in_a_distributed_checkpoint(data, tmp_path):
 
 
 def mock(**options):
-    defaults = dict(seq_len=8, batch_size=1, rank=0, world_size=1, seed=1, vocab_size=100,
-                    prefetch=0)
+    defaults = dict(
+        seq_len=8, batch_size=1, rank=0, world_size=1, seed=1, vocab_size=100, prefetch=0
+    )
     return MockLoader(**(defaults | options))
 
 
@@ -331,8 +353,9 @@ def test_mock_tokens_are_a_function_of_seed_and_sample():
     assert take(mock(), 24) == expected != take(mock(seed=2), 24)
     assert take(mock(batch_size=4, prefetch=2), 6) == expected
     ranks = [take(mock(batch_size=2, rank=r, world_size=3), 4) for r in range(3)]
-    assert [row for s in range(4) for r in range(3) for row in ranks[r][2 * s : 2 * s + 2]
-            ] == expected
+    assert [
+        row for s in range(4) for r in range(3) for row in ranks[r][2 * s : 2 * s + 2]
+    ] == expected
     loader = mock(batch_size=3)
     loader.load_state_dict(mock().state_dict() | {"position_samples": 6})
     assert take(loader, 6) == expected[6:]

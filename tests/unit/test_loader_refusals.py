@@ -44,9 +44,15 @@ def damage_missing(folder):
     (folder / "train_000002.bin").unlink()
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (damage_truncate, "truncated"), (damage_magic, "bad magic 1"), (damage_token, "corrupt"),
-    (damage_missing, "cannot be read")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_truncate, "truncated"),
+        (damage_magic, "bad magic 1"),
+        (damage_token, "corrupt"),
+        (damage_missing, "cannot be read"),
+    ],
+)
 def test_damaged_shards_are_refused_at_construction(data, damage, words):
     make(data, verify=False)
     damage(data)
@@ -55,22 +61,30 @@ def test_damaged_shards_are_refused_at_construction(data, damage, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (dict(split="test"), "no shards of split 'test'"),
-    (dict(vocab_size=201), "token id 201.*vocab_size 201.*202 or more"),
-    (dict(tokenizer_fingerprint="feed"), "'byte'.*0123456789abcdef.*feed"),
-    (dict(seq_len=101), "too few tokens"),
-    (dict(batch_size=9, world_size=3), "global batch of 27"),
-    (dict(weights=[1, 1]), "2 dataset weights do not go with 1 dataset"),
-    (dict(weights=[0]), "weights"), (dict(weights=[-1]), "weights"),
-    (dict(seq_len=0), "seq_len 0"), (dict(batch_size=0), "batch_size 0"),
-    (dict(world_size=0), "world_size 0"), (dict(rank=1), "rank 1"), (dict(rank=-1), "rank -1"),
-    (dict(max_tokens=5), "max_tokens 5"), (dict(max_tokens=0, infinite=False), "max_tokens 0"),
-    (dict(document_positions=True, eot_id=3), "eot_id 3 contradicts"),
-    (dict(document_positions=True, vocab_size=250, verify=False), "eot_id 256 is beyond"),
-    (dict(folders=[]), "no dataset folder"),
-    (dict(folders=["/no/such/folder"]), "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(split="test"), "no shards of split 'test'"),
+        (dict(vocab_size=201), "token id 201.*vocab_size 201.*202 or more"),
+        (dict(tokenizer_fingerprint="feed"), "'byte'.*0123456789abcdef.*feed"),
+        (dict(seq_len=101), "too few tokens"),
+        (dict(batch_size=9, world_size=3), "global batch of 27"),
+        (dict(weights=[1, 1]), "2 dataset weights do not go with 1 dataset"),
+        (dict(weights=[0]), "weights"),
+        (dict(weights=[-1]), "weights"),
+        (dict(seq_len=0), "seq_len 0"),
+        (dict(batch_size=0), "batch_size 0"),
+        (dict(world_size=0), "world_size 0"),
+        (dict(rank=1), "rank 1"),
+        (dict(rank=-1), "rank -1"),
+        (dict(max_tokens=5), "max_tokens 5"),
+        (dict(max_tokens=0, infinite=False), "max_tokens 0"),
+        (dict(document_positions=True, eot_id=3), "eot_id 3 contradicts"),
+        (dict(document_positions=True, vocab_size=250, verify=False), "eot_id 256 is beyond"),
+        (dict(folders=[]), "no dataset folder"),
+        (dict(folders=["/no/such/folder"]), "does not exist"),
+    ],
+)
 def test_refusals_are_one_line(data, options, words):
     options = dict(options)
     folders, weights = options.pop("folders", [data]), options.pop("weights", None)
@@ -88,7 +102,8 @@ def test_limits_that_still_pass(data):
 
 
 def test_datasets_of_different_tokenizers_do_not_mix(data, tmp_path):
-    other = write_dataset(tmp_path / "o", [np.arange(99)],
-                          tokenizer=TokenizerInfo("gpt2", "beef", 50257, 50256))
+    other = write_dataset(
+        tmp_path / "o", [np.arange(99)], tokenizer=TokenizerInfo("gpt2", "beef", 50257, 50256)
+    )
     with pytest.raises(UserError, match="'byte' 0123456789abcdef, 'gpt2' beef"):
         make([data, other])

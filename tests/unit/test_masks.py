@@ -13,8 +13,12 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 0, 1, 2, 3, 4]])
 def by_definition(seq_len, window, documents):
     """[B or 1, 1, S, S] from the reference's rule."""
     rows = [None] if documents is None else documents.tolist()
-    return torch.tensor([[[[may_see(q, k, window, row) for k in range(seq_len)]
-                           for q in range(seq_len)]] for row in rows])
+    return torch.tensor(
+        [
+            [[[may_see(q, k, window, row) for k in range(seq_len)] for q in range(seq_len)]]
+            for row in rows
+        ]
+    )
 
 
 def from_block_mask(mask, window, documents, seq_len):
@@ -43,8 +47,10 @@ def test_a_window_of_w_is_w_keys_with_the_token_itself(window):
 
 
 def test_document_numbers():
-    assert document_numbers(POSITIONS).tolist() == [[1, 1, 1, 2, 2, 2, 2, 2],
-                                                    [1, 1, 2, 3, 3, 3, 3, 3]]
+    assert document_numbers(POSITIONS).tolist() == [
+        [1, 1, 1, 2, 2, 2, 2, 2],
+        [1, 1, 2, 3, 3, 3, 3, 3],
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 130, 40], ids=["full", "w130", "w40"])
@@ -58,8 +64,10 @@ def test_block_mask_says_the_same(window, packed):
         starts[1, [0, 128, 129]] = 1
         documents = starts.cumsum(1)
     blocks = block_mask(seq_len, window, documents, CPU)
-    assert torch.equal(from_block_mask(blocks, window, documents, seq_len),
-                       dense_mask(seq_len, window, documents, CPU))
+    assert torch.equal(
+        from_block_mask(blocks, window, documents, seq_len),
+        dense_mask(seq_len, window, documents, CPU),
+    )
 
 
 def test_block_mask_skips_what_no_query_sees():

@@ -4,15 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers import (
-    assert_same_grads,
-    build_random,
-    grads_of,
-    randomise,
-    rel,
-    tiny_args,
-    tokens_of,
-)
+from helpers import assert_same_grads, build_random, grads_of, randomise, rel, tiny_args, tokens_of
 from reference.loop_moe import expert, gated, moe
 from torch.utils.checkpoint import checkpoint
 
@@ -34,8 +26,14 @@ def inputs(n_tokens=9, seed=1):
 
 def weights_of(layer):
     experts, gate = layer.experts, layer.router.gate
-    return (gate.weight, gate.bias, experts.gate_up, experts.gate_up_bias, experts.down,
-            experts.down_bias)
+    return (
+        gate.weight,
+        gate.bias,
+        experts.gate_up,
+        experts.gate_up_bias,
+        experts.down,
+        experts.down_bias,
+    )
 
 
 @pytest.mark.parametrize("experts_backend", ["loop", "grouped_mm"])
@@ -64,14 +62,23 @@ def test_swiglu_clamps_and_interleaves():
 def test_dense_feed_forward_is_one_expert():
     layer = randomise(FeedForward(tiny_args(num_experts=0)))
     x = inputs()[0]
-    rows = [expert(token, layer.gate_up.weight.t(), layer.gate_up.bias, layer.down.weight.t(),
-                   layer.down.bias) for token in x]
+    rows = [
+        expert(
+            token,
+            layer.gate_up.weight.t(),
+            layer.gate_up.bias,
+            layer.down.weight.t(),
+            layer.down.bias,
+        )
+        for token in x
+    ]
     assert rel(layer(x), torch.stack(rows)) < 1e-5
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize("counts", [[5, 0, 3, 1], [0, 9, 0, 0], [0, 0, 0, 0]],
-                         ids=["ragged", "one_expert", "no_token"])
+@pytest.mark.parametrize(
+    "counts", [[5, 0, 3, 1], [0, 9, 0, 0], [0, 0, 0, 0]], ids=["ragged", "one_expert", "no_token"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_grouped_against_loop(dtype, counts, bias):
     results = {}
@@ -102,8 +109,10 @@ def test_operator_obeys_torchs_rules(bias):
     offset = torch.randn(4, 5, requires_grad=True) if bias else None
     counts = torch.tensor([5, 0, 3, 1])
     torch.library.opcheck(torch.ops.microtron.grouped_linear, (x, weight, offset, counts))
-    torch.library.opcheck(torch.ops.microtron.grouped_linear_backward,
-                          (torch.randn(9, 5), x.detach(), weight.detach(), counts))
+    torch.library.opcheck(
+        torch.ops.microtron.grouped_linear_backward,
+        (torch.randn(9, 5), x.detach(), weight.detach(), counts),
+    )
 
 
 def test_operator_takes_strided_gradients():
@@ -169,7 +178,8 @@ def test_router_works_in_fp32(dtype):
         routing = layer.router(x, None, layer.load_fractions, None)
     assert routing.weights.dtype == torch.float32
     torch.testing.assert_close(
-        routing.weights, layer.router(x, None, layer.load_fractions, None).weights)
+        routing.weights, layer.router(x, None, layer.load_fractions, None).weights
+    )
 
 
 def counted(model):
@@ -196,7 +206,8 @@ def test_checkpointing_counts_once_and_changes_no_gradient(reentrant):
         if recompute:
             for layer in model.layers.values():
                 layer.forward = functools.partial(
-                    checkpoint, layer.forward, use_reentrant=reentrant)
+                    checkpoint, layer.forward, use_reentrant=reentrant
+                )
         model(tokens, labels=tokens.roll(-1, 1)).backward()
         results.append((counted(model), grads_of(model)))
     (plain_counts, plain), (counts, recomputed) = results

@@ -54,11 +54,14 @@ def steps(mode, count=40, **overrides):
     return loads
 
 
-@pytest.mark.parametrize("mode, options", [
-    ("aux_loss", {"aux_loss_coef": 0.1}),
-    ("aux_loss", {"aux_loss_coef": 0.1, "balance_stats": "forward"}),
-    ("bias", {"bias_update_rate": 0.1}),
-])
+@pytest.mark.parametrize(
+    "mode, options",
+    [
+        ("aux_loss", {"aux_loss_coef": 0.1}),
+        ("aux_loss", {"aux_loss_coef": 0.1, "balance_stats": "forward"}),
+        ("bias", {"bias_update_rate": 0.1}),
+    ],
+)
 def test_each_mode_evens_out_a_lopsided_router(mode, options):
     idle, balanced = steps("none"), steps(mode, **options)
     assert idle[0] > 2 and balanced[0] == idle[0]
@@ -72,8 +75,11 @@ def test_metrics_of_known_counts():
     balance = ExpertBalance([model])
     assert balance.metrics() == {}
     balance.step()
-    assert balance.metrics() == {"expert_load_max_mean": [1.0, 4.0], "expert_entropy": [1.0, 0.0],
-                                 "dead_experts": [0, 3]}
+    assert balance.metrics() == {
+        "expert_load_max_mean": [1.0, 4.0],
+        "expert_entropy": [1.0, 0.0],
+        "dead_experts": [0, 3],
+    }
     for layer in model.layers.values():
         assert layer.moe.tokens_per_expert.sum() == 0
         assert layer.moe.load_fractions.sum() == 1

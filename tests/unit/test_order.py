@@ -127,8 +127,11 @@ def test_epochs_have_orders_of_their_own():
     size = 500
     found = epoch_order(np.arange(4 * size), size, seed=1).reshape(4, size)
     assert all(np.array_equal(np.sort(epoch), np.arange(size)) for epoch in found)
-    others = [epoch_order(np.arange(size), size, seed=2), epoch_order(np.arange(size), size, 1, 1),
-              np.arange(size)]
+    others = [
+        epoch_order(np.arange(size), size, seed=2),
+        epoch_order(np.arange(size), size, 1, 1),
+        np.arange(size),
+    ]
     orders = [*found, *others]
     for i, a in enumerate(orders):
         for b in orders[:i]:
@@ -159,8 +162,9 @@ def test_windows_match_the_slow_twin(seq_len, partial):
         assert list(zip(shard.tolist(), offset.tolist(), strict=True)) == expected
 
 
-@pytest.mark.parametrize("weights", [
-    [1, 1], [0.7, 0.2, 0.1], [3, 1, 1, 1, 1], [1], [0, 1], [1e6, 1e3]])
+@pytest.mark.parametrize(
+    "weights", [[1, 1], [0.7, 0.2, 0.1], [3, 1, 1, 1, 1], [1], [0, 1], [1e6, 1e3]]
+)
 def test_mixture_shares_and_no_gaps(weights):
     table = slot_table(weights, seed=3)
     exact = np.array(weights) / sum(weights) * SLOTS
@@ -189,8 +193,9 @@ def test_largest_remainder():
     assert slot_table([0.5, 0.26, 0.24], seed=0, slots=10).counts.tolist() == [5, 3, 2]
 
 
-@pytest.mark.parametrize("weights", [
-    [0, 0], [-1, 2], [float("nan"), 1], [float("inf"), 1], [1e-9, 1], []])
+@pytest.mark.parametrize(
+    "weights", [[0, 0], [-1, 2], [float("nan"), 1], [float("inf"), 1], [1e-9, 1], []]
+)
 def test_refused_weights(weights):
     with pytest.raises(UserError, match="weight"):
         slot_table(weights, seed=0)

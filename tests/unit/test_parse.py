@@ -15,13 +15,13 @@ from microtron.parallel.apply import check_layout
 from microtron.startup import write_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
-KNOWN = parse.option_types(
-    parse.ConfigManager._merge_configs(parse.JobConfig, config.JobConfig))
+KNOWN = parse.option_types(parse.ConfigManager._merge_configs(parse.JobConfig, config.JobConfig))
 
 
 @pytest.fixture
 def job_of(tmp_path):
     """Parses a TOML text and arguments; data are mock unless the arguments say otherwise."""
+
     def make(toml="", *argv):
         file = tmp_path / "run.toml"
         file.write_text(toml)
@@ -54,7 +54,12 @@ def test_fields_of_the_flavor_can_be_replaced_from_both_sides(job_of):
     toml = "[model.args]\ndim = 64\ntop_k = 1\nsinks = false\nrope_theta = 10000"
     job = job_of(toml, "--model.args.dim=96", "--model.args.qk_norm=true")
     assert config.overrides(job) == {
-        "dim": 96, "top_k": 1, "sinks": False, "rope_theta": 10000.0, "qk_norm": True}
+        "dim": 96,
+        "top_k": 1,
+        "sinks": False,
+        "rope_theta": 10000.0,
+        "qk_norm": True,
+    }
     args = config.resolved_args(job)
     assert (args.dim, args.top_k, args.sinks, args.qk_norm) == (96, 1, False, True)
     assert args.n_layers == FLAVORS["debug"]().n_layers
@@ -76,29 +81,32 @@ def test_every_field_of_the_model_is_an_option_of_its_own_type(job_of):
 # -- what is understood ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, name, value", [
-    (["--training.seq_len=32"], "training.seq_len", 32),
-    (["--training.seq-len", "32"], "training.seq_len", 32),
-    (["--optimizer.lr=1e-4"], "optimizer.lr", 1e-4),
-    (["--optimizer.lr", ".5"], "optimizer.lr", 0.5),
-    (["--training.max_norm=2"], "training.max_norm", 2.0),
-    (["--debug.deterministic"], "debug.deterministic", True),
-    (["--debug.deterministic=true"], "debug.deterministic", True),
-    (["--debug.deterministic=False"], "debug.deterministic", False),
-    (["--checkpoint.no-enable"], "checkpoint.enable", False),
-    (["--checkpoint.enable=false"], "checkpoint.enable", False),
-    (["--data.dirs=a,b"], "data.dirs", ["a", "b"]),
-    (["--data.dirs", "a", "b", "--data.weights", "1", "2.5"], "data.weights", [1.0, 2.5]),
-    (["--data.dirs=a,b", "--data.weights=1,2.5"], "data.weights", [1.0, 2.5]),
-    (["--model.args.sinks=false"], "model.args.sinks", False),
-    (["--model.args.sinks=None"], "model.args.sinks", None),
-    (["--model.args.window_pattern=SSL"], "model.args.window_pattern", "SSL"),
-    (["--sample.prompt=--a=b, c"], "sample.prompt", "--a=b, c"),
-    (["--sample.prompt="], "sample.prompt", ""),
-    (["--sample.prompt", "two\nlines"], "sample.prompt", "two\nlines"),
-    (["--lr_scheduler.decay_ratio=0.2"], "lr_scheduler.decay_ratio", 0.2),
-    (["--checkpoint.load_step", "-1"], "checkpoint.load_step", -1),
-])
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        (["--training.seq_len=32"], "training.seq_len", 32),
+        (["--training.seq-len", "32"], "training.seq_len", 32),
+        (["--optimizer.lr=1e-4"], "optimizer.lr", 1e-4),
+        (["--optimizer.lr", ".5"], "optimizer.lr", 0.5),
+        (["--training.max_norm=2"], "training.max_norm", 2.0),
+        (["--debug.deterministic"], "debug.deterministic", True),
+        (["--debug.deterministic=true"], "debug.deterministic", True),
+        (["--debug.deterministic=False"], "debug.deterministic", False),
+        (["--checkpoint.no-enable"], "checkpoint.enable", False),
+        (["--checkpoint.enable=false"], "checkpoint.enable", False),
+        (["--data.dirs=a,b"], "data.dirs", ["a", "b"]),
+        (["--data.dirs", "a", "b", "--data.weights", "1", "2.5"], "data.weights", [1.0, 2.5]),
+        (["--data.dirs=a,b", "--data.weights=1,2.5"], "data.weights", [1.0, 2.5]),
+        (["--model.args.sinks=false"], "model.args.sinks", False),
+        (["--model.args.sinks=None"], "model.args.sinks", None),
+        (["--model.args.window_pattern=SSL"], "model.args.window_pattern", "SSL"),
+        (["--sample.prompt=--a=b, c"], "sample.prompt", "--a=b, c"),
+        (["--sample.prompt="], "sample.prompt", ""),
+        (["--sample.prompt", "two\nlines"], "sample.prompt", "two\nlines"),
+        (["--lr_scheduler.decay_ratio=0.2"], "lr_scheduler.decay_ratio", 0.2),
+        (["--checkpoint.load_step", "-1"], "checkpoint.load_step", -1),
+    ],
+)
 def test_spellings_of_an_argument(job_of, argv, name, value):
     found = job_of("[debug]\ndeterministic = true" if value is False else "", *argv)
     for part in name.split("."):
@@ -106,34 +114,40 @@ def test_spellings_of_an_argument(job_of, argv, name, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("typed, meant", [
-    ("training.stpes", "training.steps"),
-    ("trianing.steps", "training.steps"),
-    ("steps", "training.steps"),
-    ("seq_len", "training.seq_len"),
-    ("model.arg.dim", "model.args.dim"),
-    ("model.args.n_expert", "model.args.num_experts"),
-    ("model.dim", "model.args.dim"),
-    ("checkpoint.intervall", "checkpoint.interval"),
-    ("qwertz", None),
-])
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("training.stpes", "training.steps"),
+        ("trianing.steps", "training.steps"),
+        ("steps", "training.steps"),
+        ("seq_len", "training.seq_len"),
+        ("model.arg.dim", "model.args.dim"),
+        ("model.args.n_expert", "model.args.num_experts"),
+        ("model.dim", "model.args.dim"),
+        ("checkpoint.intervall", "checkpoint.interval"),
+        ("qwertz", None),
+    ],
+)
 def test_the_closest_name(typed, meant):
     told = parse.closest(typed, KNOWN)
     listed = "; ./run_train.sh --help lists them all"
     assert told == (f"; did you mean {meant}?" if meant else listed)
 
 
-@pytest.mark.parametrize("expected, fitting, wrong, words", [
-    (int, [0, -3], [1.0, True, "1", None], "a whole number"),
-    (float, [0, 1.5, -2], [True, "1.5", None], "a number"),
-    (bool, [True, False], [0, 1, "true"], "true or false"),
-    (str, ["", "a"], [1, None, ["a"]], "a text"),
-    (str | None, ["a", None], [1], "a text"),
-    (float | int, [1, 2.5], ["1"], "a number or a whole number"),
-    (list[str], [[], ["a"]], ["a", [1]], "a list, each item a text,"),
-    (list[float], [[1, 2.5]], [[True], 1.0], "a list, each item a number,"),
-    (Literal["a", "b"], ["a"], ["c", 1], "one of 'a', 'b'"),
-])
+@pytest.mark.parametrize(
+    "expected, fitting, wrong, words",
+    [
+        (int, [0, -3], [1.0, True, "1", None], "a whole number"),
+        (float, [0, 1.5, -2], [True, "1.5", None], "a number"),
+        (bool, [True, False], [0, 1, "true"], "true or false"),
+        (str, ["", "a"], [1, None, ["a"]], "a text"),
+        (str | None, ["a", None], [1], "a text"),
+        (float | int, [1, 2.5], ["1"], "a number or a whole number"),
+        (list[str], [[], ["a"]], ["a", [1]], "a list, each item a text,"),
+        (list[float], [[1, 2.5]], [[True], 1.0], "a list, each item a number,"),
+        (Literal["a", "b"], ["a"], ["c", 1], "one of 'a', 'b'"),
+    ],
+)
 def test_types(expected, fitting, wrong, words):
     assert all(parse.matches(value, expected) for value in fitting)
     assert not any(parse.matches(value, expected) for value in wrong)
@@ -151,24 +165,31 @@ def test_help_lists_every_option(capsys):
 
 
 def test_a_complaint_of_tyro_loses_its_frame():
-    box = "╭─ Value error ──────╮\n│ Error parsing --a: │\n│ it is no number    │\n│ ──────── │\n" \
-          "│ Argument helptext: │\n│ much of it │\n╰────────────────────╯\n"
+    box = (
+        "╭─ Value error ──────╮\n│ Error parsing --a: │\n│ it is no number    │\n│ ──────── │\n"
+        "│ Argument helptext: │\n│ much of it │\n╰────────────────────╯\n"
+    )
     assert unboxed(box) == "Error parsing --a: it is no number"
 
 
 # -- auto, and what is checked --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device, dtype, mode", [
-    ("cpu", "float32", "disabled"), ("cuda", "bfloat16", "async")])
+@pytest.mark.parametrize(
+    "device, dtype, mode", [("cpu", "float32", "disabled"), ("cuda", "bfloat16", "async")]
+)
 def test_auto(job_of, monkeypatch, device, dtype, mode):
     monkeypatch.setattr(parse, "DEVICE_TYPE", device)
     job = job_of("[training]\nseq_len = 48")
     assert job.training.mixed_precision_param == dtype
     assert job.checkpoint.async_mode == mode
     assert job.validation.seq_len == 48
-    told = job_of("", "--training.mixed_precision_param=bfloat16", "--checkpoint.async_mode=async",
-                  "--validation.seq_len=16")
+    told = job_of(
+        "",
+        "--training.mixed_precision_param=bfloat16",
+        "--checkpoint.async_mode=async",
+        "--validation.seq_len=16",
+    )
     assert told.training.mixed_precision_param == "bfloat16"
     assert told.checkpoint.async_mode == "async" and told.validation.seq_len == 16
 
@@ -220,10 +241,18 @@ def as_told(job):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_written_config_is_the_same_job(tmp_path, path):
-    job = parse.parse([f"--job.config_file={path}", "--model.args.qk_norm=true",
-                       "--sample.prompt=a \"quoted\"\nline", "--optimizer.lr=3.3e-5",
-                       "--checkpoint.no-enable", "--checkpoint.keep_latest_k=0",
-                       "--model.args.sinks=false", "--data.tokenizer="])
+    job = parse.parse(
+        [
+            f"--job.config_file={path}",
+            "--model.args.qk_norm=true",
+            '--sample.prompt=a "quoted"\nline',
+            "--optimizer.lr=3.3e-5",
+            "--checkpoint.no-enable",
+            "--checkpoint.keep_latest_k=0",
+            "--model.args.sinks=false",
+            "--data.tokenizer=",
+        ]
+    )
     write_config(tmp_path / "config.toml", job.to_dict())
     written = tomli.loads((tmp_path / "config.toml").read_text())
     assert "config_file" not in written["job"] and written["model"]["args"]["qk_norm"] is True

@@ -31,8 +31,10 @@ ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}  # this code, 
 def corpus(count=60, seed=0):
     draw = random.Random(seed)
     words = ["alpha", "beta", "γάμμα", "四", "\U0001f600", "def f(x):\n", EOT, " ", "tail."]
-    return ["".join(draw.choice(words) for _ in range(draw.randrange(1, 80))) + str(i)
-            for i in range(count)]
+    return [
+        "".join(draw.choice(words) for _ in range(draw.randrange(1, 80))) + str(i)
+        for i in range(count)
+    ]
 
 
 def write_corpus(path, texts):
@@ -61,8 +63,11 @@ def tokens_of(folder, split):
 
 
 def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def refusal(**options):
@@ -88,8 +93,13 @@ def test_shards_hold_the_corpus(tmp_path, bpe, quick_disk, name, shard_tokens):
     texts = corpus()
     texts.insert(7, "")
     spec = write_corpus(tmp_path / "a.jsonl", texts)
-    info = prepare(source=spec, tokenizer=str(bpe) if name == "json" else name,
-                   out=tmp_path / "out", val_fraction=0.3, shard_tokens=shard_tokens)
+    info = prepare(
+        source=spec,
+        tokenizer=str(bpe) if name == "json" else name,
+        out=tmp_path / "out",
+        val_fraction=0.3,
+        shard_tokens=shard_tokens,
+    )
     loaded = DatasetInfo.load(tmp_path / "out")
     assert loaded == info and loaded.source == spec
     texts.remove("")
@@ -97,7 +107,10 @@ def test_shards_hold_the_corpus(tmp_path, bpe, quick_disk, name, shard_tokens):
     if name == "char":
         assert tokenizer.alphabet == "".join(sorted(set("".join(texts))))
     assert (loaded.tokenizer.name, loaded.tokenizer.vocab_size, loaded.tokenizer.eot_id) == (
-        tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id)
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.eot_id,
+    )
     sizes, total = tokenizer.token_bytes(), 0
     for split, documents in naive(texts, tokenizer, 0.3).items():
         entries = loaded.split(split)
@@ -122,8 +135,14 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch, name, toke
     monkeypatch.setattr(workers, "BATCH_CHARS", 1500)
     spec = write_corpus(tmp_path / name, corpus())
     for count in (1, 3):
-        prepare(source=spec, tokenizer=tokenizer, out=tmp_path / str(count), workers=count,
-                shard_tokens=2000, max_documents=50)
+        prepare(
+            source=spec,
+            tokenizer=tokenizer,
+            out=tmp_path / str(count),
+            workers=count,
+            shard_tokens=2000,
+            max_documents=50,
+        )
     one, three = files_of(tmp_path / "1"), files_of(tmp_path / "3")
     assert one == three and len([f for f in one if f.startswith("train")]) > 2
 
@@ -184,20 +203,34 @@ def test_choosing_stops_reading_when_both_sides_have_a_document():
 def test_a_single_document_is_cut(tmp_path, copies):
     text = "".join(chr(0x100 + i % 700) for i in range(1001))
     spec = write_corpus(tmp_path / "a.jsonl", [text] * copies)
-    prepare(source=spec, tokenizer="char", out=tmp_path / "out", val_fraction=0.1,
-            max_documents=2, shard_tokens=500)
+    prepare(
+        source=spec,
+        tokenizer="char",
+        out=tmp_path / "out",
+        val_fraction=0.1,
+        max_documents=2,
+        shard_tokens=500,
+    )
     tokenizer = load_dataset_tokenizer(tmp_path / "out")
     at, taken = int(1001 * 0.9), min(copies, 2)
     for split, piece in (("train", text[:at]), ("val", text[at:])):
-        assert tokens_of(tmp_path / "out", split) == [
-            tokenizer.eot_id, *tokenizer.encode(piece)] * taken
+        assert (
+            tokens_of(tmp_path / "out", split)
+            == [tokenizer.eot_id, *tokenizer.encode(piece)] * taken
+        )
     (tmp_path / "one.txt").write_text("x")
     assert "one character" in refusal(
-        source=f"text:{tmp_path}/one.txt", tokenizer="byte", out=tmp_path / "no")
+        source=f"text:{tmp_path}/one.txt", tokenizer="byte", out=tmp_path / "no"
+    )
     (tmp_path / "one.txt").write_text("xy")
     for fraction in (0.02, 0.9):
-        prepare(source=f"text:{tmp_path}/one.txt", tokenizer="byte", out=tmp_path / "two",
-                val_fraction=fraction, overwrite=True)
+        prepare(
+            source=f"text:{tmp_path}/one.txt",
+            tokenizer="byte",
+            out=tmp_path / "two",
+            val_fraction=fraction,
+            overwrite=True,
+        )
         assert tokens_of(tmp_path / "two", "train") == [256, ord("x")]
         assert tokens_of(tmp_path / "two", "val") == [256, ord("y")]
 
@@ -211,8 +244,9 @@ def test_tiny_shakespeare_is_split_as_in_nanogpt(tmp_path, monkeypatch):
         pytest.skip("needs tiktoken's ranks and tinyshakespeare.txt: set TIKTOKEN_CACHE_DIR")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
     for tokenizer, train, val in (("gpt2", 301_966, 36_059), ("char", 1_003_854, 111_540)):
-        info = prepare(source=f"text:{text}", tokenizer=tokenizer, out=tmp_path / tokenizer,
-                       val_fraction=0.1)
+        info = prepare(
+            source=f"text:{text}", tokenizer=tokenizer, out=tmp_path / tokenizer, val_fraction=0.1
+        )
         (first,), (second,) = info.split("train"), info.split("val")
         assert (first.tokens, second.tokens) == (train + 1, val + 1)
         assert first.bytes + second.bytes == text.stat().st_size
@@ -220,17 +254,24 @@ def test_tiny_shakespeare_is_split_as_in_nanogpt(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
     tokenizer = load_dataset_tokenizer(tmp_path / "gpt2")  # from the dataset's own files
     raw = text.read_text()
-    assert tokenizer.decode(tokens_of(tmp_path / "gpt2", "val")[1:]) == raw[int(len(raw) * 0.9):]
+    assert tokenizer.decode(tokens_of(tmp_path / "gpt2", "val")[1:]) == raw[int(len(raw) * 0.9) :]
 
 
 # -- limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-@pytest.mark.parametrize("limits", [
-    {"max_documents": 2}, {"max_documents": 17}, {"max_bytes": 1}, {"max_bytes": 3000},
-    {"max_documents": 20, "max_bytes": 2000}, {"max_documents": 10**9},
-])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_documents": 2},
+        {"max_documents": 17},
+        {"max_bytes": 1},
+        {"max_bytes": 3000},
+        {"max_documents": 20, "max_bytes": 2000},
+        {"max_documents": 10**9},
+    ],
+)
 def test_limits_take_the_first_documents(tmp_path, monkeypatch, name, limits):
     monkeypatch.setattr(sources, "PART_BYTES", 700)
     monkeypatch.setattr(workers, "BATCH_CHARS", 700)
@@ -265,19 +306,27 @@ def test_a_second_run_returns_at_once(tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"tokenizer": "char"}, "tokenizer: byte there, char now"),
-    ({"val_fraction": 0.4}, "val-fraction: 0.3 there, 0.4 now"),
-    ({"shard_tokens": 999}, "shard-tokens: 1000 there, 999 now"),
-    ({"max_documents": 30}, "max-documents: None there, 30 now"),
-    ({"max_bytes": 3000}, "max-bytes: None there, 3000 now"),
-    ({"field": "text2"}, "field: text there, text2 now"),
-    ({"source": "stdlib"}, "source: jsonl:"),
-])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokenizer": "char"}, "tokenizer: byte there, char now"),
+        ({"val_fraction": 0.4}, "val-fraction: 0.3 there, 0.4 now"),
+        ({"shard_tokens": 999}, "shard-tokens: 1000 there, 999 now"),
+        ({"max_documents": 30}, "max-documents: None there, 30 now"),
+        ({"max_bytes": 3000}, "max-bytes: None there, 3000 now"),
+        ({"field": "text2"}, "field: text there, text2 now"),
+        ({"source": "stdlib"}, "source: jsonl:"),
+    ],
+)
 def test_other_settings_are_refused_by_name_unless_overwritten(tmp_path, change, told):
     spec = write_corpus(tmp_path / "a.jsonl", corpus())
-    options = {"source": spec, "tokenizer": "byte", "out": tmp_path / "out",
-               "val_fraction": 0.3, "shard_tokens": 1000}
+    options = {
+        "source": spec,
+        "tokenizer": "byte",
+        "out": tmp_path / "out",
+        "val_fraction": 0.3,
+        "shard_tokens": 1000,
+    }
     prepare(**options)
     before = files_of(tmp_path / "out")
     message = refusal(**options | change)
@@ -300,7 +349,8 @@ def test_a_changed_corpus_is_noticed(tmp_path):
     assert "other settings (files of the source)" in refusal(**options)
     prepare(**options, overwrite=True)
     assert sum(len(t.encode()) for t in corpus(61)) == sum(
-        e.bytes for split in DatasetInfo.load(tmp_path / "out").splits.values() for e in split)
+        e.bytes for split in DatasetInfo.load(tmp_path / "out").splits.values() for e in split
+    )
 
 
 def test_foreign_shards_are_not_touched(tmp_path):

@@ -27,8 +27,13 @@ def test_a_full_disk_is_one_line_and_nothing_half_valid(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (35_000, 35_000))\n"
         "prepare(**json.loads(sys.argv[1]), out=Path('out'), workers=1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(options)], cwd=tmp_path,
-                          capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(options)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert "UserError: cannot write the dataset out: File too large; free space" in last
@@ -69,7 +74,8 @@ def test_an_error_in_a_worker_arrives_as_the_same_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", 1500)
     spec = write_corpus(tmp_path / "a.jsonl", [*corpus(), 3])
     assert "a.jsonl, line 61: field 'text' is int" in refusal(
-        source=spec, tokenizer="byte", out=tmp_path / "out", workers=2)
+        source=spec, tokenizer="byte", out=tmp_path / "out", workers=2
+    )
 
 
 def test_a_worker_that_dies_is_one_line():
@@ -89,8 +95,13 @@ def test_an_unknown_character_cannot_come_from_the_corpus_itself(tmp_path):
 
 
 def run_cli(*arguments, cwd):
-    return subprocess.run([sys.executable, "-m", "microtron.cli", "prepare", *arguments], cwd=cwd,
-                          capture_output=True, text=True, env=ENV)
+    return subprocess.run(
+        [sys.executable, "-m", "microtron.cli", "prepare", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
 
 
 def test_the_command_line(tmp_path):

@@ -60,8 +60,13 @@ for moment in range(1, 10_000, step):
 
 def run_killer(folder, options, step=1):
     """The moments (1st, 2nd, .. file operation) at which folders of that name were left behind."""
-    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(options), str(step)],
-                          cwd=folder, capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(options), str(step)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert done.returncode == 0, done.stderr
     return [int(moment) for moment in done.stdout.split()]
 
@@ -76,8 +81,11 @@ def loads_as(folder, complete):
                 check_shard(folder / entry.file, entry)
     except UserError:
         return None
-    (name,) = [name for name, files in complete.items()
-               if all(files_of(folder)[f] == files[f] for f in files if f.endswith(".bin"))]
+    (name,) = [
+        name
+        for name, files in complete.items()
+        if all(files_of(folder)[f] == files[f] for f in files if f.endswith(".bin"))
+    ]
     assert (folder / "dataset.json").read_bytes() == complete[name]["dataset.json"]
     return name
 
@@ -157,11 +165,17 @@ def test_kill_9_with_workers_leaves_no_process_and_goes_on(tmp_path, monkeypatch
     )
     prepare(**options, out=tmp_path / "whole")
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(options), str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(options), str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+    )
     deadline = time.monotonic() + 60
-    while not (state := out / WORK / "state.json").exists() or not json.loads(
-            state.read_text())["documents"]:
+    while (
+        not (state := out / WORK / "state.json").exists()
+        or not json.loads(state.read_text())["documents"]
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -189,8 +203,12 @@ def test_unfinished_work_that_was_damaged_starts_anew(
     monkeypatch.setattr(sources, "PART_BYTES", 700)
     monkeypatch.setattr(module, "CHECKPOINT_S", 0)
     (good := corpus()).append("the end")
-    options = {"tokenizer": "byte", "out": tmp_path / "out", "shard_tokens": 900,
-               "source": write_corpus(tmp_path / "a.jsonl", good)}
+    options = {
+        "tokenizer": "byte",
+        "out": tmp_path / "out",
+        "shard_tokens": 900,
+        "source": write_corpus(tmp_path / "a.jsonl", good),
+    }
     with monkeypatch.context() as patch:
         patch.setattr(module.Spool, "finish", lambda self: (_ for _ in ()).throw(OSError("pulled")))
         assert "pulled" in refusal(**options)
@@ -212,5 +230,6 @@ def test_two_at_once_are_refused(tmp_path):
     with open(tmp_path / "out" / WORK / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another `microtron prepare` is writing" in refusal(
-            source=spec, tokenizer="byte", out=tmp_path / "out")
+            source=spec, tokenizer="byte", out=tmp_path / "out"
+        )
     prepare(source=spec, tokenizer="byte", out=tmp_path / "out")

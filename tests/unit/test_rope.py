@@ -10,17 +10,31 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from microtron.model.rope import RotaryEmbedding, attention_factor, inverse_frequencies, rotate
 
-GPT_OSS = {"head_dim": 64, "rope_theta": 150000.0, "rope_factor": 32.0, "rope_original_len": 4096,
-           "rope_beta_fast": 32.0, "rope_beta_slow": 1.0}
+GPT_OSS = {
+    "head_dim": 64,
+    "rope_theta": 150000.0,
+    "rope_factor": 32.0,
+    "rope_original_len": 4096,
+    "rope_beta_fast": 32.0,
+    "rope_beta_slow": 1.0,
+}
 
 
 def theirs(args):
     config = GptOssConfig(
-        head_dim=args.head_dim, hidden_size=args.dim, num_attention_heads=args.n_heads,
+        head_dim=args.head_dim,
+        hidden_size=args.dim,
+        num_attention_heads=args.n_heads,
         rope_parameters={
-            "rope_type": "yarn", "rope_theta": args.rope_theta, "factor": args.rope_factor,
-            "beta_fast": args.rope_beta_fast, "beta_slow": args.rope_beta_slow, "truncate": False,
-            "original_max_position_embeddings": args.rope_original_len})
+            "rope_type": "yarn",
+            "rope_theta": args.rope_theta,
+            "factor": args.rope_factor,
+            "beta_fast": args.rope_beta_fast,
+            "beta_slow": args.rope_beta_slow,
+            "truncate": False,
+            "original_max_position_embeddings": args.rope_original_len,
+        },
+    )
     return ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
 
 
@@ -30,16 +44,24 @@ def table(args, positions):
     return rope(positions)
 
 
-@pytest.mark.parametrize("changes", [
-    GPT_OSS,
-    GPT_OSS | {"rope_factor": 4.0},
-    GPT_OSS | {"rope_original_len": 512, "head_dim": 128},
-    GPT_OSS | {"rope_theta": 10000.0, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
-    # Few pairs and a short context: the ramp's lower bound is cut at 0.
-    {"rope_theta": 20.0, "rope_factor": 8.0, "rope_original_len": 32},
-    # A long one for this base: the upper bound is cut at head_dim - 1.
-    {"rope_theta": 20.0, "rope_factor": 8.0, "rope_original_len": 4096, "rope_beta_fast": 600.0},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        GPT_OSS,
+        GPT_OSS | {"rope_factor": 4.0},
+        GPT_OSS | {"rope_original_len": 512, "head_dim": 128},
+        GPT_OSS | {"rope_theta": 10000.0, "rope_beta_fast": 16.0, "rope_beta_slow": 2.0},
+        # Few pairs and a short context: the ramp's lower bound is cut at 0.
+        {"rope_theta": 20.0, "rope_factor": 8.0, "rope_original_len": 32},
+        # A long one for this base: the upper bound is cut at head_dim - 1.
+        {
+            "rope_theta": 20.0,
+            "rope_factor": 8.0,
+            "rope_original_len": 4096,
+            "rope_beta_fast": 600.0,
+        },
+    ],
+)
 def test_yarn_against_transformers(changes):
     args = tiny_args(**changes)
     frequencies, factor = theirs(args)
@@ -53,8 +75,9 @@ def test_gpt_oss_numbers():
     assert attention_factor(args) == pytest.approx(1.3466, abs=5e-5)
     plain = 150000.0 ** -(torch.arange(32) / 32)
     ratio = (inverse_frequencies(args) / plain).tolist()
-    low, high = (32 * math.log(4096 / (turns * 2 * math.pi)) / math.log(150000)
-                 for turns in (32, 1))
+    low, high = (
+        32 * math.log(4096 / (turns * 2 * math.pi)) / math.log(150000) for turns in (32, 1)
+    )
     assert (low, high) == pytest.approx((8.0928, 17.3980), abs=1e-4)
     assert ratio[:9] == pytest.approx([1.0] * 9)
     assert ratio[18:] == pytest.approx([1 / 32] * 14)
@@ -73,7 +96,7 @@ def test_without_yarn_it_is_plain_rope():
 def test_the_factor_is_on_cos_and_sin_at_every_length():
     cos, sin = table(tiny_args(**GPT_OSS), torch.arange(5).unsqueeze(0))
     torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, 1.34657359**2))
-    assert cos.shape == (1, 5, 1, 32) and cos.dtype == torch.float32
+    assert cos.shape == sin.shape == (1, 5, 1, 64) and cos.dtype == torch.float32
 
 
 def test_rotation_is_half_split():

@@ -73,8 +73,12 @@ def objective(layer, x, upstream, step_tokens):
 @pytest.mark.parametrize("stats", ["step", "forward"])
 @pytest.mark.parametrize("coefs", [(60.0, 0.0), (0.0, 3.0), (60.0, 3.0)], ids=["aux", "z", "both"])
 def test_gradient_is_that_of_the_summed_objective(coefs, stats, step_tokens):
-    layer = build_moe(load_balance="aux_loss", aux_loss_coef=coefs[0],
-                      router_z_loss_coef=coefs[1], balance_stats=stats)
+    layer = build_moe(
+        load_balance="aux_loss",
+        aux_loss_coef=coefs[0],
+        router_z_loss_coef=coefs[1],
+        balance_stats=stats,
+    )
     x = inputs().requires_grad_()
     upstream = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     leaves = [x, *layer.parameters()]

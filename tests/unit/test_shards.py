@@ -36,8 +36,9 @@ def write_dataset(folder, train, val=(), dtype="uint16", tokenizer=TOKENIZER):
     folder.mkdir(exist_ok=True)
     splits = {"train": list(train), "val": list(val)}
     entries = {
-        name: [write_shard(folder / f"{name}_{i:06d}.bin", ids, dtype)
-               for i, ids in enumerate(lists)]
+        name: [
+            write_shard(folder / f"{name}_{i:06d}.bin", ids, dtype) for i, ids in enumerate(lists)
+        ]
         for name, lists in splits.items()
     }
     DatasetInfo(tokenizer, "test", dtype, entries).save(folder)
@@ -51,8 +52,10 @@ def foreign_bytes(ids, magic=20240520, version=1, code="H", count=None):
     return header + struct.pack(f"<{len(ids)}{code}", *ids)
 
 
-@pytest.mark.parametrize(("dtype", "magic", "version", "code", "top"), [
-    ("uint16", 20240520, 1, "H", 65535), ("uint32", 20240801, 7, "I", 2**32 - 1)])
+@pytest.mark.parametrize(
+    ("dtype", "magic", "version", "code", "top"),
+    [("uint16", 20240520, 1, "H", 65535), ("uint32", 20240801, 7, "I", 2**32 - 1)],
+)
 def test_layout_is_llm_c_s(tmp_path, dtype, magic, version, code, top):
     ids = [0, 1, 50256, top]
     path = tmp_path / "x.bin"
@@ -88,8 +91,9 @@ def test_largest_id_is_found_beyond_the_first_chunk(tmp_path, monkeypatch):
     assert check_shard(tmp_path / "x.bin", entry, deep=True) == (entry.sha256, 1234)
 
 
-@pytest.mark.parametrize("ids", [
-    np.array([65536]), np.array([-1]), np.array([1.0]), np.array([[1, 2]])])
+@pytest.mark.parametrize(
+    "ids", [np.array([65536]), np.array([-1]), np.array([1.0]), np.array([[1, 2]])]
+)
 def test_writer_refuses_what_it_cannot_hold(tmp_path, ids):
     with pytest.raises(ValueError), ShardWriter(tmp_path / "x.bin", "uint16") as shard:
         shard.write(ids)
@@ -130,7 +134,7 @@ def test_any_flipped_byte_is_found(tmp_path):
     raw = path.read_bytes()
     check_shard(path, entry, deep=True)
     for i in range(len(raw)):
-        path.write_bytes(raw[:i] + bytes([raw[i] ^ (1 << i % 8)]) + raw[i + 1:])
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ (1 << i % 8)]) + raw[i + 1 :])
         with pytest.raises(UserError) as caught:
             check_shard(path, entry, deep=True)
         assert "x.bin" in str(caught.value) and "\n" not in str(caught.value)
@@ -150,14 +154,17 @@ def test_any_other_length_is_found_without_reading(tmp_path, dtype):
             open_shard(path)
 
 
-@pytest.mark.parametrize(("raw", "words"), [
-    (foreign_bytes([1, 2], magic=20240519), "bad magic 20240519"),
-    (foreign_bytes([1, 2], version=7), "version 7"),
-    (foreign_bytes([1, 2], magic=0), "never finished"),
-    (foreign_bytes([1, 2], count=-2), "counts -2"),
-    (foreign_bytes([1, 2], count=3), "truncated"),
-    (b"", "truncated"),
-])
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (foreign_bytes([1, 2], magic=20240519), "bad magic 20240519"),
+        (foreign_bytes([1, 2], version=7), "version 7"),
+        (foreign_bytes([1, 2], magic=0), "never finished"),
+        (foreign_bytes([1, 2], count=-2), "counts -2"),
+        (foreign_bytes([1, 2], count=3), "truncated"),
+        (b"", "truncated"),
+    ],
+)
 def test_bad_headers(tmp_path, raw, words):
     (tmp_path / "x.bin").write_bytes(raw)
     with pytest.raises(UserError, match=words):
@@ -177,19 +184,30 @@ def test_sidecar_round_trip(tmp_path):
     info = DatasetInfo.load(tmp_path)
     data = json.loads((tmp_path / "dataset.json").read_text())
     assert data["format"] == 1 and data["dtype"] == "uint16" and data["source"] == "test"
-    assert data["tokenizer"] == {"name": "byte", "fingerprint": "0123456789abcdef",
-                                 "vocab_size": 257, "eot_id": 256}
+    assert data["tokenizer"] == {
+        "name": "byte",
+        "fingerprint": "0123456789abcdef",
+        "vocab_size": 257,
+        "eot_id": 256,
+    }
     assert set(data["splits"]["train"][0]) == {"file", "tokens", "bytes", "documents", "sha256"}
     assert info.tokenizer == TOKENIZER and info.folder == tmp_path
     assert [e.tokens for e in info.split("train")] == [3, 2] and len(info.split("val")) == 1
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".bin", ".bin", ".json"]
 
 
-@pytest.mark.parametrize("text", [
-    "{", "[]", "{}", '{"format": 2}',
-    '{"format": 1, "tokenizer": {"name": "x"}, "source": "", "dtype": "uint16", "splits": {}}',
-    '{"format": 1, "tokenizer": null, "source": "", "dtype": "uint16", "splits": {"train": [1]}}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "tokenizer": {"name": "x"}, "source": "", "dtype": "uint16", "splits": {}}',
+        '{"format": 1, "tokenizer": null, "source": "", "dtype": "uint16", '
+        '"splits": {"train": [1]}}',
+    ],
+)
 def test_unreadable_sidecar_is_one_line(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(UserError, match="microtron prepare"):
@@ -227,7 +245,9 @@ def test_foreign_folder(tmp_path):
     info = DatasetInfo.load(tmp_path)
     assert info.tokenizer is None and info.dtype == "uint16"
     assert [(e.file, e.tokens) for e in info.split("train")] == [
-        ("fineweb_train_000001.bin", 2), ("fineweb_train_000002.bin", 3)]
+        ("fineweb_train_000001.bin", 2),
+        ("fineweb_train_000002.bin", 3),
+    ]
     assert verify_split(info, "train") == 5 and verify_split(info, "val") == 50256
     (tmp_path / "fineweb_val_000001.bin").write_bytes(foreign_bytes([9], 20240801, 7, "I"))
     with pytest.raises(UserError, match="mixes shards of uint16 and uint32"):
@@ -240,8 +260,17 @@ def test_fingerprint_follows_contents_and_order(tmp_path):
 
     first = fingerprint("a", [[1, 2], [3, 4]])
     assert fingerprint("b", [[1, 2], [3, 4]], [[5]]) == first  # another name, another split
-    assert len({first, fingerprint("c", [[3, 4], [1, 2]]), fingerprint("d", [[1, 2, 3, 4]]),
-                fingerprint("e", [[1, 2], [3, 5]])}) == 4
+    assert (
+        len(
+            {
+                first,
+                fingerprint("c", [[3, 4], [1, 2]]),
+                fingerprint("d", [[1, 2, 3, 4]]),
+                fingerprint("e", [[1, 2], [3, 5]]),
+            }
+        )
+        == 4
+    )
 
 
 def flip(path, keep_mtime):
@@ -257,7 +286,9 @@ def test_files_are_read_once(tmp_path):
     info = DatasetInfo.load(folder)
     assert verify_split(info, "train") == 300 and verify_split(info, "val") == 7
     assert set(json.loads((folder / VERIFIED).read_text())) == {
-        "train_000000.bin", "val_000000.bin"}
+        "train_000000.bin",
+        "val_000000.bin",
+    }
     flip(folder / "train_000000.bin", keep_mtime=True)  # only a second reading could see this
     assert verify_split(info, "train") == 300
     flip(folder / "train_000000.bin", keep_mtime=True)
@@ -276,8 +307,9 @@ def test_cache_of_another_dataset_json_does_not_count(tmp_path):
         verify_split(DatasetInfo.load(folder), "train")
 
 
-@pytest.mark.parametrize("text", [
-    "{", "[]", '{"train_000000.bin": 3}', '{"train_000000.bin": {"size": 1030}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"train_000000.bin": 3}', '{"train_000000.bin": {"size": 1030}}']
+)
 def test_damaged_cache_is_ignored(tmp_path, text):
     info = DatasetInfo.load(write_dataset(tmp_path, [[1, 2, 3]]))
     (tmp_path / VERIFIED).write_text(text)

@@ -42,26 +42,39 @@ def test_stdlib_is_this_pythons_library():
     with open(json.__file__, encoding="utf-8") as file:
         assert file.read() in texts_of("stdlib")
     assert "argparse.py" in found
-    assert not any("/test/" in d.source_id or "site-packages" in d.source_id
-                   for d in documents("stdlib"))
+    assert not any(
+        "/test/" in d.source_id or "site-packages" in d.source_id for d in documents("stdlib")
+    )
 
 
 def test_stdlib_leaves_out_tests_and_reports_what_does_not_decode(tmp_path, monkeypatch):
     for name, content in {
         "b.py": "# -*- coding: latin-1 -*-\nx = 'é'\n".encode("latin-1"),
-        "a/z.py": b"z = 1\n", "a.py": b"a = 1\n", "c.py": b"c = 1\n",
-        "bad.py": b"\xff\xfe\x00", "cookie.py": b"# coding: nonsense\n",
-        "test/t.py": b"no", "a/tests/t.py": b"no", "site-packages/s.py": b"no",
-        "__pycache__/c.py": b"no", "data.txt": b"no",
+        "a/z.py": b"z = 1\n",
+        "a.py": b"a = 1\n",
+        "c.py": b"c = 1\n",
+        "bad.py": b"\xff\xfe\x00",
+        "cookie.py": b"# coding: nonsense\n",
+        "test/t.py": b"no",
+        "a/tests/t.py": b"no",
+        "site-packages/s.py": b"no",
+        "__pycache__/c.py": b"no",
+        "data.txt": b"no",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(sources, "_stdlib_root", lambda: str(tmp_path))
     left_out = []
     assert texts_of("stdlib", left_out=left_out) == [
-        "a = 1\n", "z = 1\n", "# -*- coding: latin-1 -*-\nx = 'é'\n", "c = 1\n"]
+        "a = 1\n",
+        "z = 1\n",
+        "# -*- coding: latin-1 -*-\nx = 'é'\n",
+        "c = 1\n",
+    ]
     assert [line.split(":")[0] for line in left_out] == [
-        str(tmp_path / "bad.py"), str(tmp_path / "cookie.py")]
+        str(tmp_path / "bad.py"),
+        str(tmp_path / "cookie.py"),
+    ]
     assert "bad.py" in refusal("stdlib")
     monkeypatch.setattr(sources, "_stdlib_root", lambda: str(tmp_path / "nothing"))
     assert "name another --source" in refusal("stdlib")
@@ -86,9 +99,9 @@ def test_text_files_are_grouped_into_parts(tmp_path, monkeypatch):
     parts = list_parts(f"text:{tmp_path}/*.txt")
     assert 1 < len(parts) < 30
     assert sum(part.size_bytes for part in parts) == sum(
-        path.stat().st_size for path in tmp_path.iterdir())
-    assert [d.text for p in parts for d in read_part(p)] == [
-        "x" * 10 + str(i) for i in range(30)]
+        path.stat().st_size for path in tmp_path.iterdir()
+    )
+    assert [d.text for p in parts for d in read_part(p)] == ["x" * 10 + str(i) for i in range(30)]
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -130,13 +143,16 @@ def test_jsonl_null_is_empty_and_lone_surrogates_become_replacement_characters(t
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
-@pytest.mark.parametrize(("line", "told"), [
-    (b'{"text": "unfinished', "is not JSON"),
-    (b'{"text": "\xff"}', "is not JSON"),
-    (b'["text"]', "no JSON object"),
-    (b'{"content": "x", "id": 1}', "no field 'text' (it has: content, id); name the field"),
-    (b'{"text": 3}', "field 'text' is int, not text"),
-])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"text": "unfinished', "is not JSON"),
+        (b'{"text": "\xff"}', "is not JSON"),
+        (b'["text"]', "no JSON object"),
+        (b'{"content": "x", "id": 1}', "no field 'text' (it has: content, id); name the field"),
+        (b'{"text": 3}', "field 'text' is int, not text"),
+    ],
+)
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, monkeypatch, ending, line, told):
     monkeypatch.setattr(sources, "PART_BYTES", 50)
     path = tmp_path / f"a{ending}"
@@ -208,10 +224,10 @@ def test_hf_streams_local_folders_files_and_globs(hf_folder):
     assert texts_of(f"hf:{hf_folder}") == both
     assert texts_of(f"hf:{hf_folder}:default") == both
     assert texts_of(f"hf:{hf_folder}/*.jsonl") == both
-    assert texts_of(f"hf:{hf_folder}/train-1.jsonl") == both[len(TEXTS):]
+    assert texts_of(f"hf:{hf_folder}/train-1.jsonl") == both[len(TEXTS) :]
     parts = list_parts(f"hf:{hf_folder}")
     assert [part.bounded for part in parts] == [False, False]
-    assert [d.text for d in read_part(parts[1])] == both[len(TEXTS):]
+    assert [d.text for d in read_part(parts[1])] == both[len(TEXTS) :]
 
 
 def test_hf_reads_parquet_through_the_same_call(tmp_path):
@@ -234,8 +250,12 @@ def test_hf_without_network_fails_at_once_in_one_line():
     unset = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
     env = {key: value for key, value in os.environ.items() if key not in unset}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=env | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=env | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert "UserError: source hf:HuggingFaceFW/fineweb needs http://127.0.0.1:9" in last

@@ -38,8 +38,11 @@ def unicode_texts(count, seed=0):
     draw = random.Random(seed)
     special = "'sS'ſtTll'ReVE \n\r\t\u00a0\u2003\u0301éÉ1234５٣abcXYZǅʰ!?/.\u200b\u0130\u212a"
     anything = [*range(0xD800), *range(0xE000, 0x110000)]
-    pools = [lambda: chr(draw.choice(anything)), lambda: chr(draw.randrange(0x20, 0x7F)),
-             lambda: draw.choice(special)]
+    pools = [
+        lambda: chr(draw.choice(anything)),
+        lambda: chr(draw.randrange(0x20, 0x7F)),
+        lambda: draw.choice(special),
+    ]
     for i in range(count):
         text = "".join(pools[i % 3]() for _ in range(draw.randrange(60)))
         yield text + EOT + text[::-1] if i % 7 == 0 else text
@@ -65,7 +68,11 @@ def check_saved(tokenizer, folder):
     tokenizer.save(folder)
     again = load_tokenizer(tokenizer.name, folder)
     assert (again.name, again.vocab_size, again.eot_id, again.fingerprint) == (
-        tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.fingerprint)
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.eot_id,
+        tokenizer.fingerprint,
+    )
     assert again.pieces == tokenizer.pieces
     return again
 
@@ -108,10 +115,10 @@ def test_char_needs_its_file(tmp_path):
 # -- tiktoken -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "hello", "vocab_size", "eot_id"), [
-    ("gpt2", [15496, 995], 50257, 50256),
-    ("o200k_harmony", [13225, 2375], 201088, 199999),
-])
+@pytest.mark.parametrize(
+    ("name", "hello", "vocab_size", "eot_id"),
+    [("gpt2", [15496, 995], 50257, 50256), ("o200k_harmony", [13225, 2375], 201088, 199999)],
+)
 def test_tiktoken(ranks, tmp_path, name, hello, vocab_size, eot_id):
     import tiktoken
 
@@ -183,13 +190,16 @@ def test_json_truncation_and_padding_in_the_file_are_off(tmp_path):
     assert tokenizer.encode("xyzxyz") == list(b"xyzxyz")
 
 
-@pytest.mark.parametrize(("special", "config", "eot"), [
-    (["</s>", EOT], None, EOT),
-    (["<s>", "</s>"], {"eos_token": "<s>"}, "</s>"),
-    (["<|end_of_text|>"], None, "<|end_of_text|>"),
-    (["<stop>"], {"eos_token": "<stop>"}, "<stop>"),
-    (["<stop>"], {"eos_token": {"content": "<stop>", "special": True}}, "<stop>"),
-])
+@pytest.mark.parametrize(
+    ("special", "config", "eot"),
+    [
+        (["</s>", EOT], None, EOT),
+        (["<s>", "</s>"], {"eos_token": "<s>"}, "</s>"),
+        (["<|end_of_text|>"], None, "<|end_of_text|>"),
+        (["<stop>"], {"eos_token": "<stop>"}, "<stop>"),
+        (["<stop>"], {"eos_token": {"content": "<stop>", "special": True}}, "<stop>"),
+    ],
+)
 def test_json_finds_its_eot(tmp_path, special, config, eot):
     folder = byte_level_json(tmp_path, special)
     if config:
@@ -230,8 +240,9 @@ def test_sentencepiece_like_vocabularies(tmp_path):
     vocab = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, "▁": 257, "a": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     made = load_tokenizer(str(tmp_path))
@@ -289,6 +300,9 @@ def test_encoding_files_are_read_anew_each_time(tmp_path):
 
 
 def test_fingerprints_differ():
-    prints = {ByteTokenizer().fingerprint, CharTokenizer("ab").fingerprint,
-              CharTokenizer("ac").fingerprint}
+    prints = {
+        ByteTokenizer().fingerprint,
+        CharTokenizer("ab").fingerprint,
+        CharTokenizer("ac").fingerprint,
+    }
     assert len(prints) == 3 and all(len(p) == 16 for p in prints)

@@ -45,7 +45,8 @@ def test_three_readers_give_the_same_ids(folder):
         ids = by_tokenizers.encode(text, add_special_tokens=False).ids
         assert ids == by_tiktoken.encode_ordinary(text), repr(text)
         assert ids == by_transformers.encode(
-            text, add_special_tokens=False, split_special_tokens=True), repr(text)
+            text, add_special_tokens=False, split_special_tokens=True
+        ), repr(text)
         assert 1499 not in ids
         assert by_transformers.decode(ids, clean_up_tokenization_spaces=False) == text
         merged += sum(i >= 256 for i in ids)
@@ -106,8 +107,10 @@ def test_a_text_too_small_for_the_vocabulary_says_so(tmp_path, capsys):
     assert "yields" in capsys.readouterr().err
     tokenizer = load_tokenizer(str(tmp_path / "t"))
     assert tokenizer.vocab_size == tokenizer.eot_id + 1 < 1000
-    assert tokenizer.encode("abab") != list(b"abab") and tokenizer.decode(
-        tokenizer.encode("abab")) == "abab"
+    assert (
+        tokenizer.encode("abab") != list(b"abab")
+        and tokenizer.decode(tokenizer.encode("abab")) == "abab"
+    )
 
 
 def test_max_bytes_stops_reading(tmp_path):

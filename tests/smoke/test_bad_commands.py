@@ -1,0 +1,75 @@
+"""Bad commands end in one line with a remedy, and leave nothing behind."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from runs import assert_one_line
+
+from microtron import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        ("prepar", 2, ["'prepar'", "there are: prepare"]),
+        (
+            "prepare --source xml:a --tokenizer byte --out {out}",
+            1,
+            ["'xml:a'", "stdlib, text:GLOB"],
+        ),
+        (
+            "prepare --source text:{out}/*.txt --tokenizer byte --out {out}",
+            1,
+            ["matches no file", "correct the path"],
+        ),
+        (
+            "prepare --source stdlib --tokenizer bytes --out {out}",
+            1,
+            ["'bytes'", "name a tokenizer.json"],
+        ),
+        (
+            "prepare --source stdlib --tokenizer byte --out {out} --val-fraction 2",
+            1,
+            ["2.0", "try 0.02"],
+        ),
+        (
+            "prepare --source stdlib --tokenizer byte --out {out} --workers many",
+            1,
+            ["many", "--help"],
+        ),
+        ("prepare --source stdlib", 1, ["--tokenizer", "--out", "--help"]),
+        ("prepare --source stdlib --tokenizer byte --out {out} stray", 1, ["stray", "--help"]),
+        (
+            "prepare --sorce stdlib --tokenizer byte --out {out}",
+            1,
+            ["--sorce", "--source", "--help"],
+        ),
+    ],
+    ids=lambda value: value.split("{")[0][:40] if isinstance(value, str) else "",
+)
+def test_commands(tmp_path, capsys, arguments, code, told):
+    out = tmp_path / "out"
+    assert cli.main(arguments.format(out=out).split()) == code
+    assert_one_line(capsys.readouterr().err, *told)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("ngpu", ["two", "0", "-1", "1.5"])
+def test_ngpu_that_is_no_number(tmp_path, ngpu):
+    both = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "setup.sh").read_bytes()
+    stamp = subprocess.run(["cksum"], input=both, capture_output=True, check=True).stdout
+    (tmp_path / ".installed").write_bytes(stamp)  # so that setup.sh has nothing to do
+    ended = subprocess.run(
+        [ROOT / "run_train.sh"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"NGPU": ngpu, "MICROTRON_VENV": str(tmp_path)},
+    )
+    assert ended.returncode == 1
+    assert_one_line(ended.stderr, f"NGPU='{ngpu}'", "give 1 or more")
+    assert [p.name for p in tmp_path.iterdir()] == [".installed"]
