@@ -48,8 +48,8 @@ class ModelArgs:
     """Keys a window layer sees, the token itself included."""
     window_pattern: str = "SL"
     """Repeated over the layers: S (short) is a window layer, L (long) a full one."""
-    attn_backend: Literal["auto", "eager", "sdpa", "flex"] = "auto"
-    """eager is the truth; auto takes flex on CUDA and sdpa elsewhere."""
+    attn_backend: Literal["auto", "eager", "sdpa", "flex", "blocked"] = "auto"
+    """eager is the truth; auto takes flex on CUDA and blocked on CPU."""
 
     rope_theta: float = 150000.0
     """Base of the rotary frequencies."""

@@ -1,12 +1,14 @@
-"""Attention with sinks: one signature, three bodies.
+"""Attention with sinks: one signature, four bodies.
 
 A sink is one logit a head in the softmax denominator that carries no value (gpt-oss; the idea is
-arXiv:2309.17453). ``eager`` writes that down and is the truth; the other two answer to it:
+arXiv:2309.17453). ``eager`` writes that down and is the truth; the others answer to it:
 
 * ``sdpa`` keeps torch's fused kernels by making the sink an ordinary key: queries get one more
   feature holding sink/scale, and one extra key is one-hot on that feature with value zero. The mask
   stays boolean and the sink's gradient flows through the query. Put in front of the keys (with a
   dummy query in front of the queries), plain causal attention needs no mask at all.
+* ``blocked`` is an operator of our own for CPUs (`cpu_attention.py`) that skips what is out of
+sight.
 * ``flex`` uses FlexAttention's logsumexp: ``out * sigmoid(lse - sink)`` is exact.
 
 Shapes: q [B, S, H, D], k and v [B, S, K, D], sinks [H] or None; returns [B, S, H, D].
@@ -18,6 +20,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from microtron.model.cpu_attention import cpu_attention
 
 # Kernels want head widths in multiples of 8, so the sink's feature brings seven empty ones.
 _PAD = 8
@@ -122,9 +126,26 @@ def flex(
     return out.transpose(1, 2)
 
 
-BACKENDS: dict[str, Callable] = {"eager": eager, "sdpa": sdpa, "flex": flex}
+def blocked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    mask: int | torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Our CPU operator. mask: the window (keys a query sees), or a dense mask for documents."""
+    if isinstance(mask, torch.Tensor):
+        return sdpa(q, k, v, sinks, mask, scale)
+    if q.shape[1] <= 64 <= mask:  # a few blocks only: the fused kernel calls less
+        return sdpa(q, k, v, sinks, None, scale)
+    return cpu_attention(q, k, v, sinks, mask, scale)
+
+
+BACKENDS: dict[str, Callable] = {"eager": eager, "sdpa": sdpa, "flex": flex, "blocked": blocked}
 
 
 def resolve_backend(name: str, device_type: str) -> str:
-    """``auto`` becomes flex on CUDA and sdpa elsewhere; other names stay."""
-    return name if name != "auto" else ("flex" if device_type == "cuda" else "sdpa")
+    """``auto`` becomes flex on CUDA, blocked on CPU and sdpa elsewhere; other names stay."""
+    best = {"cuda": "flex", "cpu": "blocked"}
+    return name if name != "auto" else best.get(device_type, "sdpa")

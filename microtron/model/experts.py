@@ -1,8 +1,8 @@
 """The experts of a layer, applied to tokens that are already sorted by expert.
 
 ``loop`` is the truth: one expert after the other, plain autograd, one host sync for the counts.
-``grouped_mm`` answers to it: on CUDA torch's grouped GEMM, which reads the counts on the device; on
-CPU the operator of `grouped.py`.
+``grouped_mm`` answers to it: on CUDA torch's grouped GEMM (`grouped.py`), which reads the counts on
+the device; on CPU the operator of `cpu_experts.py`.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
+from microtron.model.cpu_experts import cpu_experts
 from microtron.model.grouped import grouped_linear
 from microtron.model.mlp import swiglu
 
@@ -38,6 +39,8 @@ class Experts(nn.Module):
             w if w is None else w.to(x.dtype)
             for w in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
         ]
+        if self.backend == "grouped_mm" and x.device.type == "cpu":
+            return cpu_experts(x, weights, counts, self.alpha, self.limit)
         linear = _loop_linear if self.backend == "loop" else grouped_linear
         hidden = swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
         return linear(hidden, *weights[2:], counts)

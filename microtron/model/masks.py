@@ -72,11 +72,15 @@ def build_masks(
     """The masks of a batch, built once and shared by all layers: ``{"window": ..., "full": ...}``.
 
     Args:
-        backend: eager, sdpa or flex. None stands for plain causal in sdpa, whose kernels know it.
+        backend: eager, sdpa, flex or blocked. None stands for plain causal in sdpa, whose kernels
+            know it;
+            blocked takes the number of keys in sight.
         positions: [B, S] restarting at 0 at each document start to keep documents apart, or None.
     """
     documents = None if positions is None else document_numbers(positions)
     spans = {"full": None, "window": window if window < seq_len else None}
+    if backend == "blocked" and documents is None:
+        return {kind: span or seq_len for kind, span in spans.items()}
     if backend == "flex":
         return {kind: block_mask(seq_len, span, documents, device) for kind, span in spans.items()}
     return {

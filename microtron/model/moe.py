@@ -5,6 +5,7 @@ multiply the experts' outputs, down bias included (gpt-oss).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
@@ -50,11 +51,21 @@ class MoE(nn.Module):
         weights, experts, counts = self.router(
             tokens, self.expert_bias, self.load_fractions, step_tokens
         )
-        # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
         order = experts.reshape(-1).argsort(stable=True)  # [N k], slots grouped by expert
+        # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
         outputs = self.experts(tokens.index_select(0, order // self.top_k), counts)
         index = torch.arange(order.numel(), device=x.device)
         slots = torch.empty_like(order).scatter(0, order, index)  # where each slot went
-        chosen = outputs.index_select(0, slots).view(-1, self.top_k, x.shape[-1])  # [N, k, dim]
-        mixed = (chosen * weights.to(chosen.dtype).unsqueeze(-1)).sum(dim=1)
+        mixed = combine(outputs, slots.view(-1, self.top_k), weights.to(outputs.dtype))
         return mixed.view_as(x), counts
+
+
+def combine(outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``sum_j weights[n, j] * outputs[slots[n, j]]``: outputs [N k, dim], slots and weights [N, k].
+
+    On a CPU the three steps are one embedding_bag: no [N, k, dim] tensor, one pass.
+    """
+    if outputs.device.type == "cpu" and outputs.dtype == torch.float32:
+        return F.embedding_bag(slots, outputs, mode="sum", per_sample_weights=weights)
+    chosen = outputs.index_select(0, slots.reshape(-1)).view(*slots.shape, -1)  # [N, k, dim]
+    return (chosen * weights.unsqueeze(-1)).sum(dim=1)

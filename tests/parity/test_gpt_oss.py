@@ -123,7 +123,7 @@ def test_heads_and_positions(n_kv_heads, yarn):
 
 
 @pytest.mark.parametrize("experts_backend", ["loop", "grouped_mm"])
-@pytest.mark.parametrize("attn_backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_backend", ["eager", "sdpa", "blocked"])
 def test_backends(attn_backend, experts_backend):
     compare(attn_backend=attn_backend, experts_backend=experts_backend, **YARN)
 

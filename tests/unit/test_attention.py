@@ -1,4 +1,4 @@
-"""eager against the slow reference, sdpa against eager."""
+"""eager against the slow reference, the other bodies against eager."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from helpers import rel
 from reference.sink_attention import sink_attention
 
 from microtron.model import attention_core
-from microtron.model.attention_core import BACKENDS, eager, flex, resolve_backend, sdpa
-from microtron.model.masks import build_masks, document_numbers
+from microtron.model.attention_core import BACKENDS, blocked, eager, flex, resolve_backend, sdpa
+from microtron.model.cpu_attention import cpu_attention
+from microtron.model.masks import build_masks, dense_mask, document_numbers
 
 CPU = torch.device("cpu")
 SEQ_LEN, WINDOW, HEADS, WIDTH = 11, 4, 4, 16
@@ -68,10 +69,11 @@ def test_eager_keeps_documents_apart(kind):
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "plain"])
 @pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-def test_sdpa_against_eager(n_kv_heads, kind, sinks, positions):
+@pytest.mark.parametrize("core", [sdpa, blocked])
+def test_fast_bodies_against_eager(core, n_kv_heads, kind, sinks, positions):
     leaves = inputs(n_kv_heads)
     expected = run(eager, leaves, sinks, kind, positions)
-    for ours, theirs in zip(run(sdpa, leaves, sinks, kind, positions), expected, strict=True):
+    for ours, theirs in zip(run(core, leaves, sinks, kind, positions), expected, strict=True):
         assert rel(ours, theirs) < 1e-5
 
 
@@ -97,7 +99,7 @@ def test_full_causal_sdpa_needs_no_mask():
     assert masks["full"] is None and masks["window"] is not None
 
 
-@pytest.mark.parametrize("core", [eager, sdpa])
+@pytest.mark.parametrize("core", [eager, sdpa, blocked])
 @pytest.mark.parametrize("kind", ["full", "window"])
 def test_bf16_stays_near_fp32(core, kind):
     leaves = inputs(dtype=torch.bfloat16)
@@ -119,7 +121,41 @@ def test_a_large_sink_means_attending_to_nothing(core):
     assert rel(out, core(q, k, v, None, mask, WIDTH**-0.5)) < 1e-5
 
 
-def test_auto_is_sdpa_on_cpu_and_flex_on_cuda():
-    assert resolve_backend("auto", "cpu") == "sdpa"
+@pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "plain"])
+@pytest.mark.parametrize("window", [1, 5, 40, 1000])
+@pytest.mark.parametrize("seq_len", [1, 31, 32, 70])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_cpu_operator_against_eager(n_kv_heads, seq_len, window, sinks):
+    """Whole and partial blocks, windows shorter and longer than a block."""
+    generator = torch.Generator().manual_seed(seq_len)
+    shapes = [(2, seq_len, h, 8) for h in (4, n_kv_heads, n_kv_heads)] + [(4,)]
+    leaves = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    *qkv, sink = leaves
+    mask = dense_mask(seq_len, window, None, CPU)
+    bodies = (
+        lambda: eager(*qkv, sink if sinks else None, mask, 0.3),
+        lambda: cpu_attention(*qkv, sink if sinks else None, window, 0.3),
+    )
+    upstream = torch.randn(shapes[0], generator=generator)
+    results = []
+    for body in bodies:
+        out = body()
+        results.append([out, *torch.autograd.grad(out, leaves if sinks else qkv, upstream)])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm().clamp(min=1.0)
+
+
+def test_cpu_operator_obeys_torchs_rules():
+    q, k, v, sinks = inputs()
+    torch.library.opcheck(torch.ops.microtron.attention, (q, k, v, sinks, 3, 0.3))
+    detached = [x.detach() for x in (q, k, v, sinks)]
+    out, lse = torch.ops.microtron.attention(*detached, 3, 0.3)
+    arguments = (torch.randn_like(out), *detached, out, lse, 3, 0.3)
+    torch.library.opcheck(torch.ops.microtron.attention_backward, arguments)
+
+
+def test_auto_is_blocked_on_cpu_and_flex_on_cuda():
+    assert resolve_backend("auto", "cpu") == "blocked"
+    assert resolve_backend("auto", "mps") == "sdpa"
     assert resolve_backend("auto", "cuda") == "flex"
     assert resolve_backend("eager", "cuda") == "eager"

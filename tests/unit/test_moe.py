@@ -8,6 +8,7 @@ from helpers import assert_same_grads, build_random, grads_of, randomise, rel, t
 from reference.loop_moe import expert, gated, moe
 from torch.utils.checkpoint import checkpoint
 
+from microtron.model import cpu_experts
 from microtron.model.experts import Experts
 from microtron.model.mlp import FeedForward, swiglu
 from microtron.model.moe import MoE
@@ -101,30 +102,50 @@ def test_grouped_against_loop(dtype, counts, bias):
             assert (grad.norm() > 0) == (count > 0), f"{name} of expert {e}"
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_operator_obeys_torchs_rules(bias):
+def operands(width=5, dim=6, grad=True):
+    """x, gate_up, its bias, down, its bias, counts, alpha, limit of the CPU operator."""
+    shapes = [(9, dim), (4, dim, 2 * width), (4, 2 * width), (4, width, dim), (4, dim)]
+    generator = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(s, generator=generator).requires_grad_(grad) for s in shapes]
+    return [*leaves, torch.tensor([5, 0, 3, 1]), 1.702, 1.0]
+
+
+def test_operator_obeys_torchs_rules():
     """Schema, autograd registration, fake tensors and tracing with dynamic shapes."""
-    x = torch.randn(9, 6, requires_grad=True)
-    weight = torch.randn(4, 6, 5, requires_grad=True)
-    offset = torch.randn(4, 5, requires_grad=True) if bias else None
-    counts = torch.tensor([5, 0, 3, 1])
-    torch.library.opcheck(torch.ops.microtron.grouped_linear, (x, weight, offset, counts))
+    torch.library.opcheck(torch.ops.microtron.experts, operands())
+    x, gate_up, bias, down, _, counts, alpha, limit = operands(grad=False)
+    _, gates, ups = torch.ops.microtron.experts(*operands(grad=False))
     torch.library.opcheck(
-        torch.ops.microtron.grouped_linear_backward,
-        (torch.randn(9, 5), x.detach(), weight.detach(), counts),
+        torch.ops.microtron.experts_backward,
+        (torch.randn_like(x), x, gate_up, down, counts, gates, ups, alpha, limit),
     )
 
 
 def test_operator_takes_strided_gradients():
     """The backward of a sum hands over an expanded tensor, of a transpose a transposed one."""
-    x, counts = torch.randn(9, 6), torch.tensor([5, 0, 3, 1])
     for layout in (lambda y: y.sum(), lambda y: (y.t() * torch.arange(9.0)).sum()):
-        weight = torch.ones(4, 6, 5, requires_grad=True)
-        layout(torch.ops.microtron.grouped_linear(x, weight, None, counts)).backward()
-        truth = torch.ones(4, 6, 5, requires_grad=True)
-        parts = x.split(counts.tolist())
-        layout(torch.cat([p @ w for p, w in zip(parts, truth, strict=True)])).backward()
-        torch.testing.assert_close(weight.grad, truth.grad)
+        grads = []
+        for wrap in (lambda y: y, lambda y: y.clone(memory_format=torch.contiguous_format) * 1.0):
+            arguments = operands()
+            layout(wrap(torch.ops.microtron.experts(*arguments)[0])).backward()
+            grads.append([leaf.grad for leaf in arguments[:5]])
+        for strided, plain in zip(*grads, strict=True):
+            torch.testing.assert_close(strided, plain)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_operator_in_chunks_of_any_size(monkeypatch, rows):
+    """Chunks of an expert's rows must not show, and clamped values have no gradient."""
+    results = []
+    for size in (1024, rows):
+        monkeypatch.setattr(cpu_experts, "_ROWS", size)
+        arguments = operands()
+        torch.ops.microtron.experts(*arguments)[0].square().sum().backward()
+        results.append([leaf.grad for leaf in arguments[:5]])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole)
+    _, gates, ups = torch.ops.microtron.experts(*operands(grad=False))
+    assert (gates > 1).any() and (ups.abs() > 1).any()  # limit is 1: the clamps are in play
 
 
 def test_scores_multiply_the_down_bias_too():
