@@ -1,0 +1,86 @@
+"""Writes the README's table of measurements from the JSON in benchmarks/results: no figure by hand.
+
+python benchmarks/report.py
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+START, END = "<!-- measured: made by benchmarks/report.py", "<!-- /measured -->"
+
+
+def load(name: str) -> dict:
+    """One result file."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """(what, result, script)."""
+    first = load("first_run")["rows"][0]
+    found = [
+        (
+            "`./run_train.sh`, installed, 2 cores",
+            f"first step after {first['first_step_s']:.0f} s, done after {first['total_s']:.0f} s, "
+            f"{first['val_bpb']:.2f} bits per byte (start {first['loss_first'] / 0.6931:.1f}); "
+            f"loading at most {first['data_percent_max']:.1f}% of the time",
+            "first_run.py",
+        )
+    ]
+    shake = load("shakespeare")
+    run, peer = shake["ours"][0], shake["baseline"]
+    found.append(
+        (
+            f"tiny Shakespeare to validation loss {shake['target']}, one thread",
+            f"{run['end']['time_s']:.0f} s of training, {run['tokens']:,} tokens, "
+            f"{run['parameters'] / 1e6:.2f}M parameters ({run['parameters_active'] / 1e6:.2f}M "
+            f"active); nanoGPT's recipe in our code {peer['reached']['time_s']:.0f} s, "
+            f"{peer['reached']['step'] * peer['tokens_per_step']:,} tokens, "
+            f"{peer['parameters'] / 1e6:.2f}M",
+            "shakespeare.py",
+        )
+    )
+    for shape in ("tiny", "small"):
+        step = load(f"train_step_{shape}")
+        ours, theirs = (step["tokens_per_s"][n]["median"] for n in ("microtron", step["peer"]))
+        found.append(
+            (
+                f"training step, `{shape}` shape, fp32, one thread",
+                f"{ours:,.0f} tokens/s, {step['ratio']:.2f} times {step['peer']} ({theirs:,.0f})",
+                "train_step.py",
+            )
+        )
+    loader = max(
+        max(r["thread"])
+        for r in load("loader")["rows"]
+        if r["seq_len"] == 1024 and not r["positions"]
+    )
+    found.append(
+        ("loader, sequences of 1024", f"up to {loader / 1e6:.0f}M tokens/s a process", "loader.py")
+    )
+    speed = {r["tokenizer"]: r["mb_per_s"] for r in load("tokenizing")["rows"]}
+    names = ("byte", "char", "bpe", "gpt2")
+    told = ", ".join(f"{n} {speed[n]:,.0f}" for n in names)
+    found.append(("tokenizing, MB/s a core", told, "tokenizing.py"))
+    return found
+
+
+def main() -> None:
+    """Replaces what stands between the two marks."""
+    device = load("first_run")
+    lines = ["| what | result | script in benchmarks/ |", "|---|---|---|"]
+    lines += [f"| {what} | {result} | `{script}` |" for what, result, script in rows()]
+    versions = ", ".join(f"{k} {v}" for k, v in device["versions"].items())
+    lines += [
+        "",
+        f"On {device['device']} (a shared 2-core virtual machine), {versions}. No GPU yet.",
+    ]
+    text = README.read_text()
+    start = text.index("\n", text.index(START)) + 1
+    README.write_text(text[:start] + "\n".join(lines) + "\n" + text[text.index(END) :])
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
