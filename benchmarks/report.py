@@ -59,7 +59,9 @@ def rows() -> list[tuple[str, str, str]]:
     found.append(
         ("loader, sequences of 1024", f"up to {loader / 1e6:.0f}M tokens/s a process", "loader.py")
     )
-    speed = {r["tokenizer"]: r["mb_per_s"] for r in load("tokenizing")["rows"]}
+    speed = {
+        r["tokenizer"]: r["mb_per_s"] for r in load("tokenizing")["rows"] if r["what"] == "tokenize"
+    }
     names = ("byte", "char", "bpe", "gpt2")
     told = ", ".join(f"{n} {speed[n]:,.0f}" for n in names)
     found.append(("tokenizing, MB/s a core", told, "tokenizing.py"))
