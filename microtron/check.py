@@ -2,7 +2,7 @@
 
 Names and types are right by then (`parse.py`). One table says it field by field; `check` adds what
 takes more than one field. Datasets are checked by the loader (`data/checks.py`), layouts by
-`parallel/apply.py`.
+`parallel/layout.py`.
 """
 
 import dataclasses
@@ -23,6 +23,10 @@ Rule = tuple[Callable[[Any], bool], str]  # what is right; the remedy where it i
 
 _POSITIVE: Rule = (lambda v: v >= 1, "give a positive number")
 _ON_CUDA: Rule = (lambda v: not v or DEVICE_TYPE == "cuda", "it needs CUDA; leave it out")
+_BALANCED: Rule = (
+    lambda v: v == 1,
+    "stages are balanced by their cost, embedding and head weighed in; leave it out",
+)
 RULES: dict[str, Rule] = {
     "job.dump_folder": (lambda v: v != "", "name the folder of this run"),
     "model.name": (lambda v: v == "microtron", "write microtron"),
@@ -101,6 +105,29 @@ RULES: dict[str, Rule] = {
     "sample.tokens": _POSITIVE,
     "sample.temperature": (lambda v: v >= 0, "give 0 (greedy) or more"),
     "sample.top_k": (lambda v: v >= 0, "give 0 (all tokens) or more"),
+    "parallelism.disable_loss_parallel": (
+        lambda v: not v,
+        "under tensor parallelism the loss is always computed on shards; leave it out",
+    ),
+    "parallelism.module_fqns_per_model_part": (
+        lambda v: v is None,
+        "stages are balanced by their cost; leave it out",
+    ),
+    "parallelism.pipeline_parallel_first_stage_less_layers": _BALANCED,
+    "parallelism.pipeline_parallel_last_stage_less_layers": _BALANCED,
+    "parallelism.pipeline_parallel_schedule_csv": (
+        lambda v: not v,
+        "name a schedule in pipeline_parallel_schedule; leave it out",
+    ),
+    "parallelism.context_parallel_load_balancer": (
+        lambda v: v == "headtail",
+        "Ulysses deals heads, which are equal already; leave it out",
+    ),
+    "parallelism.context_parallel_rotate_method": (
+        lambda v: v == "allgather",
+        "Ulysses rotates nothing; leave it out",
+    ),
+    "parallelism.expert_parallel_comm_backend": (lambda v: v == "standard", "leave it out"),
     "comm.init_timeout_seconds": _POSITIVE,
     "comm.train_timeout_seconds": _POSITIVE,
     "model.args.attn_backend": (
@@ -131,6 +158,7 @@ NOT_HERE = (
     "validation.steps",
     "validation.dataloader",
     "debug.moe_force_load_balance",
+    "parallelism.pipeline_parallel_expert_parallel_overlap",
 )
 
 
@@ -185,6 +213,11 @@ def check(job: JobConfig) -> None:
         total is None or total >= steps,
         "lr_scheduler.total_steps",
         f"give at least training.steps = {steps}, or leave it out",
+    )
+    require(
+        job.activation_checkpoint.mode != "memory_budget" or job.compile.enable,
+        "activation_checkpoint.mode",
+        "it is the compiler's work: set compile.enable = true, or choose full",
     )
     shortest = profiling.profiler_active + profiling.profiler_warmup
     require(

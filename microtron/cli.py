@@ -22,6 +22,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "microtron.data.train_bpe:train_bpe",
         "train a byte-level BPE tokenizer on documents",
     ),
+    "estimate": (
+        "microtron.scaling.estimate:estimate",
+        "memory, communication and least time of a run, without a GPU",
+    ),
+    "certify": (
+        "microtron.certificate.certify:certify",
+        "compare every parallel layout with one process",
+    ),
 }
 
 
@@ -72,14 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module, function = COMMANDS[argv[0]][0].split(":")
     try:
-        bind(getattr(importlib.import_module(module), function), argv[0], argv[1:])()
+        code = bind(getattr(importlib.import_module(module), function), argv[0], argv[1:])()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

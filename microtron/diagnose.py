@@ -1,8 +1,10 @@
 """Which tensors went bad: run once, when a step's loss or gradient is not finite."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -26,21 +28,25 @@ def _some(names: list[str], limit: int = 4) -> str:
 
 
 def non_finite(
-    model: nn.Module, step: int, loss: float, forward: Callable[[], object]
+    parts: list[nn.Module], step: int, loss: float, forward: Callable[[], object]
 ) -> NonFinite:
-    """The error to raise: the step, and the offending weights, gradients and first bad activation.
+    """The error to raise on every rank: the step, the rank where it began, and the offending
+    weights, gradients and first bad activation. All ranks call it.
 
     Args:
+        parts: the model, or this rank's stages of it.
+        loss: this rank's part of the loss.
         forward: runs the step's last micro-batch again, to find the first module whose output is
             bad.
     """
-    named = [(plain_name(n), p) for n, p in model.named_parameters()]
+    named = [(plain_name(n), p) for part in parts for n, p in part.named_parameters()]
     weights = [n for n, p in named if _bad(p)]
     gradients = [n for n, p in named if _bad(p.grad)]
     first: list[str] = []
     hooks = [
         m.register_forward_hook(_watch(plain_name(n), first))
-        for n, m in model.named_modules()
+        for part in parts
+        for n, m in part.named_modules()
         if n and not list(m.children())
     ]
     try:
@@ -53,10 +59,23 @@ def non_finite(
     told += [f"weights {_some(weights)}"] if weights else []
     told += [f"first bad output of {first[0]}"] if first else []
     told += [f"gradients {_some(gradients)}"] if gradients else []
+    order = (_depth(first[0]) if first else 1e9, math.isfinite(loss), dist.get_rank())
+    reports: list[tuple] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (order, "; ".join(told)))
+    (*_, rank), worst = min(reports)
+    where = f" on rank {rank}" if len(reports) > 1 else ""
     return NonFinite(
-        f"step {step} is not finite ({'; '.join(told)}). Nothing of it was saved; resume from the "
+        f"step {step} is not finite{where} ({worst}). Nothing of it was saved; resume from the "
         "last checkpoint with a lower optimizer.lr, a longer warm-up or a smaller training.max_norm"
     )
+
+
+def _depth(name: str) -> float:
+    """Where in the model a module stands, so that the first bad one of all ranks can be told."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return int(parts[1])
+    return -1 if parts[0] in ("tok_embeddings", "rope") else 1e6
 
 
 def _watch(name: str, first: list[str]) -> Callable[..., None]:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
+from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
@@ -64,7 +64,7 @@ class RunMetrics(MetricsProcessor):
     def __init__(self, job: JobConfig, parallel_dims: ParallelDims) -> None:
         super().__init__(job, parallel_dims)
         self.steps = job.training.steps
-        self.writes = dist.get_rank() == _get_metrics_rank(parallel_dims, job)
+        self.writes = dist.get_rank() == 0  # which has the console as well
         self.path = Path(job.job.dump_folder) / "metrics.jsonl"
         self.train_s = 0.0  # since the last line
         self.steps_since_line = 0

@@ -2,14 +2,15 @@
 cached.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    next_logits: Callable[[torch.Tensor, int], torch.Tensor],
     tokenizer: object,
     prompt: str,
     *,
@@ -18,31 +19,28 @@ def sample(
     temperature: float,
     top_k: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> str:
     """Continues ``prompt`` by up to ``tokens`` tokens; stops at the tokenizer's document separator.
 
     Args:
+        next_logits: (tokens [1, length] on ``device``, index) -> logits [V] of what follows it.
         length: tokens the model sees at once; shorter contexts are padded on the right, where a
-            causal
-            model cannot look, so that every pass has one shape.
+            causal model cannot look, so that every pass has one shape.
         temperature: 0 is greedy.
         top_k: sample among the k likeliest; 0: all.
     """
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     context = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     start = len(context)
-    training = model.training
-    model.eval()
     for _ in range(tokens):
         window = context[-length:]
         batch = F.pad(torch.tensor([window], device=device), (0, length - len(window)))
-        logits = model(batch)[0, len(window) - 1, : tokenizer.vocab_size].float().cpu()
+        logits = next_logits(batch, len(window) - 1)[: tokenizer.vocab_size].float().cpu()
         token = choose(logits, temperature, top_k, generator)
         if token == tokenizer.eot_id:
             break
         context.append(token)
-    model.train(training)
     return tokenizer.decode(context[start:])
 
 

@@ -23,6 +23,7 @@ from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
 from microtron.optim.build import build_optimizers
 from microtron.parallel.apply import parallelize
+from microtron.parallel.pp import pipeline
 from microtron.validate import build_validator
 
 
@@ -94,7 +95,7 @@ def build_loader(
         "vocab_size": resolved_args(job).vocab_size,
     }
     if data.mock:
-        return MockLoader(**shape)
+        return MockLoader(**shape, eot_id=data.eot_id if data.document_mask else None)
     return TokenLoader(
         [Path(d) for d in data.dirs],
         data.weights or None,
@@ -121,7 +122,7 @@ def get_train_spec() -> TrainSpec:
         model_cls=Transformer,
         model_args=Flavors(),
         parallelize_fn=parallelize,
-        pipelining_fn=None,
+        pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_loader,

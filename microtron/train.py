@@ -3,18 +3,16 @@
     ./run_train.sh train_configs/debug.toml --training.steps=100
     torchrun --nproc-per-node 2 -m microtron.train --job.config_file=train_configs/debug.toml
 
-TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader, checkpoints). What
-is ours here: the step that refuses non-finite numbers before they reach a weight, validation with a
-target, samples, signals that save before they leave, and resume.
+TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader, checkpoints), and
+`step.py` is one step. What is here: the loop, validation with a target, samples, signals that save
+before they leave, and resume.
 """
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import wait
 from datetime import timedelta
 from pathlib import Path
@@ -23,116 +21,28 @@ from microtron.accelerator import DEVICE_TYPE
 
 import torch
 import torch.distributed as dist
-import torchtitan.train as titan
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
 
 from microtron import checkpoints
-from microtron.batch import model_inputs
-from microtron.diagnose import non_finite
 from microtron.metrics import Stopwatch, clock
-from microtron.parallel.apply import reshard
 from microtron.profiling import profilers
 from microtron.sample import sample
+from microtron.step import Stepper
+from microtron.watchdog import Watchdog
 
 log = logging.getLogger("microtron")
 
 
-class Trainer(titan.Trainer):
+class Trainer(Stepper):
     """One run on this rank."""
 
-    def __init__(self, job: JobConfig) -> None:
+    def __init__(self, job: JobConfig, watchdog: Watchdog | None = None) -> None:
         super().__init__(job)
-        if job.training.mixed_precision_param == "float32":
-            self.maybe_enable_amp = contextlib.nullcontext()  # autocast has no float32
-            if job.validation.enable:
-                self.validator.amp = self.maybe_enable_amp
-        self.step_tokens = (
-            self.gradient_accumulation_steps
-            * job.training.local_batch_size
-            * self.parallel_dims.dp_replicate
-            * self.parallel_dims.dp_shard
-            * job.training.seq_len
-        )
-        for part in self.model_parts:
-            part.step_tokens = self.step_tokens
+        self.watchdog = watchdog
         self.time_s = 0.0  # training alone
         self.stop_signal = 0
         self.saved_step = -1
-
-    def post_dataloading_process(
-        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
-        """Hands the labels to the model, which returns its summed loss (see `loss.py`)."""
-        tokens, extra = model_inputs(input_dict, labels, self.model_args)
-        return tokens, labels, {}, extra
-
-    def train_step(
-        self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
-    ) -> None:
-        """Forward, backward, clip, step. The host waits once, for the gradient norm.
-
-        Raises:
-            NonFinite: the loss or the gradient is not finite; no weight has been touched.
-        """
-        self.optimizers.zero_grad()
-        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        valid = self._valid_tokens([labels for _, labels in microbatches])
-        losses = []
-        for input_dict, labels in microbatches:
-            moved = {k: v.to(self.device, non_blocking=True) for k, v in input_dict.items()}
-            loss = self.forward_backward_step(
-                input_dict=moved,
-                labels=labels.to(self.device, non_blocking=True),
-                global_valid_tokens=valid,
-            )
-            losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
-        grad_norm = self._clip(loss, microbatches[-1])
-        self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.balance.step()
-        self.optimizers.step()
-        self.lr_schedulers.step()
-        self.ntokens_seen = self.step * self.step_tokens
-        self.step_result = (loss, grad_norm, lr)
-
-    def _valid_tokens(self, labels: list[torch.Tensor]) -> torch.Tensor:
-        """Targets in the global batch, fp32 scalar on the device."""
-        count = sum(int((x != IGNORE_INDEX).sum()) for x in labels)
-        count = torch.tensor(float(count), device=self.device)
-        if self.parallel_dims.dp_enabled:
-            dist.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
-        return count
-
-    def _clip(self, loss: torch.Tensor, microbatch: tuple) -> float:
-        """The gradient norm before clipping.
-
-        Raises:
-            NonFinite: it, or the loss, is NaN or infinite.
-        """
-        parameters = [p for part in self.model_parts for p in part.parameters()]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        finite = torch.isfinite(torch.stack((norm, loss))).all().float()
-        if self.parallel_dims.dp_enabled:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite.item():
-
-            def again() -> None:
-                input_dict, labels = microbatch
-                moved = {k: v.to(self.device) for k, v in input_dict.items()}
-                tokens, _, _, extra = self.post_dataloading_process(moved, labels.to(self.device))
-                with self.maybe_enable_amp:
-                    self.model_parts[0](tokens, **extra)
-
-            raise non_finite(self.model_parts[0], self.step, loss.item(), again)
-        torch.nn.utils.clip_grads_with_norm_(
-            parameters, self.job_config.training.max_norm, norm, foreach=True
-        )
-        return norm.item()
 
     def train(self) -> None:
         """Runs to the last step, the target or a signal.
@@ -149,20 +59,24 @@ class Trainer(titan.Trainer):
                 "--job.dump_folder"
             )
             return
-        began = time.perf_counter()
+        began, first = time.perf_counter(), self.step + 1
         reason = ""
         with profilers(job.profiling, Path(job.job.dump_folder), self.step) as running:
-            batches = self.batch_generator(self.dataloader)
+            batches = self.watchdog.beating(
+                self.batch_generator(self.dataloader),
+                lambda: (f"step {self.step}", self.step == first),
+            )
             while not reason:
                 self.step += 1
                 self.gc_handler.run(self.step)
                 with Stopwatch() as watch:
                     self.train_step(batches)
                 self._count(watch.last_s)
+                self.watchdog.beat(f"after step {self.step}", long=True)
                 reason = self._after_step()
                 for profiler in running:
                     profiler.step()
-                if self.saved_step < 0 and self.step == 1:
+                if self.step == first:
                     self._shorten_timeouts()
         log.info(
             f"{reason}: step {self.step}, {self.ntokens_seen:,} tokens, {clock(self.time_s)} of "
@@ -202,14 +116,13 @@ class Trainer(titan.Trainer):
 
     def _log(self) -> None:
         loss, grad_norm, lr = self.step_result
-        loss = dist_utils.dist_sum(loss, self.parallel_dims.get_optional_mesh("loss"))
         # This rank counted its own tokens; the line speaks of the run.
         self.metrics_processor.ntokens_since_last_log = (
             self.step_tokens * self.metrics_processor.steps_since_line
         )
         self.metrics_processor.log_step(
             self.step,
-            loss,
+            self.sum_of_loss(loss),
             grad_norm,
             lr,
             self.ntokens_seen,
@@ -221,9 +134,9 @@ class Trainer(titan.Trainer):
         options, job = self.job_config.sample, self.job_config
         if self.tokenizer is None:
             return
-        with self.maybe_enable_amp:
+        with self.forward.evaluating(), self.maybe_enable_amp:
             text = sample(
-                self.model_parts[0],
+                self.forward.next_logits,
                 self.tokenizer,
                 options.prompt,
                 tokens=options.tokens,
@@ -231,8 +144,8 @@ class Trainer(titan.Trainer):
                 temperature=options.temperature,
                 top_k=options.top_k,
                 seed=job.debug.seed,
+                device=self.device,
             )
-        reshard(self.model_parts[0])
         log.info(f"--- sample at step {self.step} ---\n{options.prompt}{text}\n---")
 
     def _save(self, last: bool) -> None:
@@ -336,7 +249,7 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     from microtron.accelerator import pick_threads
 
     from microtron.metrics import setup_logging
-    from microtron.parallel.apply import check_layout
+    from microtron.parallel.layout import check_layout
     from microtron.parse import parse
     from microtron.spec import register
     from microtron.startup import describe, on_signals, open_folder, prepare_data, write_config
@@ -355,8 +268,17 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     register()
     requested: list[int] = []
     on_signals(requested.append)
-    trainer = Trainer(job)
+    watchdog = Watchdog(
+        rank,
+        world_size,
+        (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        job.comm.init_timeout_seconds,
+        job.comm.train_timeout_seconds,
+    )
+    trainer = None
     try:
+        trainer = Trainer(job, watchdog)
         log.info(describe(trainer.model_args, job, trainer.step_tokens))
         on_signals(lambda number: setattr(trainer, "stop_signal", number))
         if requested:
@@ -365,8 +287,13 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
         if rank == 0 and trainer.step < job.training.steps:
             write_config(folder / "config.toml", job.to_dict())
         trainer.train()
+    except Exception as error:
+        watchdog.explain(error)
+        raise
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
+        watchdog.close()
     dist.destroy_process_group()
     return 0
 

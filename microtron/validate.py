@@ -18,12 +18,11 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
 from microtron import accelerator  # noqa: F401  (before torchtitan)
-from microtron.batch import model_inputs
 from microtron.config import resolved_args
 from microtron.data.loader import TokenLoader
+from microtron.forward import Forward
 from microtron.metrics import RunMetrics, Stopwatch
 from microtron.model.head import IGNORE
-from microtron.parallel.apply import reshard
 
 
 class Validator(BaseValidator):
@@ -35,33 +34,32 @@ class Validator(BaseValidator):
         loader: Callable[[], TokenLoader],
         token_bytes: torch.Tensor | None,
         parallel_dims: ParallelDims,
+        pp_schedule: object,
         amp: AbstractContextManager,
         metrics: RunMetrics,
     ) -> None:
         self.job_config = job
         self.loader, self.token_bytes, self.amp, self.metrics = loader, token_bytes, amp, metrics
-        self.mesh = parallel_dims.get_optional_mesh("loss")
+        self.dims, self.schedule = parallel_dims, pp_schedule
 
     def should_validate(self, step: int) -> bool:
         """Every ``validation.freq`` steps."""
         return step % self.job_config.validation.freq == 0
 
-    @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> dict[str, object]:
         """``step, val_loss, val_bpb, val_tokens`` of the fixed set; also written to the metrics."""
-        model = model_parts[0]
-        device = next(model.parameters()).device
+        forward = Forward(model_parts, self.dims, self.schedule)
+        device = next(model_parts[0].parameters()).device
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, bytes
-        model.eval()
         loader = self.loader()
-        with Stopwatch() as watch, self.amp:
+        with Stopwatch() as watch, forward.evaluating(), self.amp:
             for input_dict, labels in loader:
-                totals += self._batch(model, input_dict, labels, device)
-            if self.mesh is not None:
-                dist.all_reduce(totals, group=self.mesh.get_group())
+                totals += self._batch(forward, input_dict, labels, device)
         loader.close()
-        reshard(model)
-        model.train()
+        for name in ("loss", "pp"):
+            mesh = self.dims.get_optional_mesh(name)
+            if mesh is not None:
+                dist.all_reduce(totals, group=mesh.get_group())
         loss, tokens, byte_count = totals.tolist()
         return self.metrics.log_validation(
             step, loss / max(tokens, 1), int(tokens), int(byte_count), watch.last_s
@@ -69,18 +67,20 @@ class Validator(BaseValidator):
 
     def _batch(
         self,
-        model: nn.Module,
+        forward: Forward,
         input_dict: dict[str, torch.Tensor],
         labels: torch.Tensor,
         device: torch.device,
     ) -> torch.Tensor:
+        """[loss, tokens, bytes] of this rank's part; zeros where a pipeline ends elsewhere."""
+        loss = forward({k: v.to(device) for k, v in input_dict.items()}, labels.to(device))
+        if loss is None:
+            return torch.zeros(3, dtype=torch.float64, device=device)
+        labels = labels.chunk(forward.part.parts, dim=1)[forward.part.index]
         targets = labels[labels != IGNORE]
         byte_count = 0 if self.token_bytes is None else int(self.token_bytes[targets].sum())
-        moved = {k: v.to(device) for k, v in input_dict.items()}
-        tokens, extra = model_inputs(moved, labels.to(device), model.model_args)
-        loss = model(tokens, **extra).double()
         counts = torch.tensor([targets.numel(), byte_count], dtype=torch.float64, device=device)
-        return torch.cat((loss.reshape(1), counts))
+        return torch.cat((loss.double().reshape(1), counts))
 
 
 def build_validator(
@@ -92,6 +92,7 @@ def build_validator(
     parallel_dims: ParallelDims,
     maybe_enable_amp: AbstractContextManager,
     metrics_processor: RunMetrics,
+    pp_schedule: object = None,
     **unused: object,
 ) -> Validator:
     """TorchTitan's builder signature."""
@@ -122,5 +123,11 @@ def build_validator(
     loader().close()  # a bad validation shard is told before step 1
     bytes_of = torch.from_numpy(tokenizer.token_bytes()).long() if tokenizer else None
     return Validator(
-        job_config, loader, bytes_of, parallel_dims, maybe_enable_amp, metrics_processor
+        job_config,
+        loader,
+        bytes_of,
+        parallel_dims,
+        pp_schedule,
+        maybe_enable_amp,
+        metrics_processor,
     )

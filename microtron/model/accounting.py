@@ -69,15 +69,20 @@ def flops_per_token(args: ModelArgs, seq_len: int) -> dict[str, float]:
     """Training FLOPs a token by part (forward + backward): projections, scores, experts, router,
     head.
     """
+    layers = [layer_flops(args, layer, seq_len) for layer in range(args.n_layers)]
+    parts = {part: sum(layer[part] for layer in layers) for part in layers[0]}
+    return parts | {"head": 6.0 * args.dim * args.vocab_size}
+
+
+def layer_flops(args: ModelArgs, layer: int, seq_len: int) -> dict[str, float]:
+    """The same of one layer, which has no head; window layers see fewer keys than full ones."""
     q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    keys = sum(mean_keys(args, layer, seq_len) for layer in range(args.n_layers))
     width = args.top_k * args.expert_dim if args.moe else args.hidden_dim
     multiply_adds = {
-        "projections": args.n_layers * args.dim * (2 * q + 2 * kv),
-        "scores": 2 * q * keys,
-        "feed_forward": args.n_layers * 3 * args.dim * width,
-        "router": args.n_layers * args.dim * args.num_experts,
-        "head": args.dim * args.vocab_size,
+        "projections": args.dim * (2 * q + 2 * kv),
+        "scores": 2 * q * mean_keys(args, layer, seq_len),
+        "feed_forward": 3 * args.dim * width,
+        "router": args.dim * args.num_experts,
     }
     return {part: 6.0 * n for part, n in multiply_adds.items()}
 

@@ -12,7 +12,10 @@ from microtron.model.rope import rotate
 
 
 class InnerAttention(nn.Module):
-    """The part between the projections, a module of its own so that parallel plans can wrap it."""
+    """The part between the projections: it sees whole sequences, whatever part of the heads.
+
+    A module of its own so that parallel plans can exchange sequence for heads around it.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -25,11 +28,12 @@ class InnerAttention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
+        rope: tuple[torch.Tensor, torch.Tensor],
         mask: object,
     ) -> torch.Tensor:
         """q [B, S, H, D], k and v [B, S, K, D], sinks [H] or None -> [B, S, H, D]."""
         core = BACKENDS[resolve_backend(self.backend, q.device.type)]
-        return core(q, k, v, sinks, mask, self.scale)
+        return core(rotate(q, *rope), rotate(k, *rope), v, sinks, mask, self.scale)
 
 
 class Attention(nn.Module):
@@ -58,5 +62,5 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = self.inner_attention(rotate(q, *rope), rotate(k, *rope), v, self.sinks, mask)
+        out = self.inner_attention(q, k, v, self.sinks, rope, mask)
         return self.wo(out.reshape(batch, seq_len, -1))

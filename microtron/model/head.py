@@ -37,7 +37,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """full_loss, ``chunk`` tokens at a time; forward makes the gradients, backward scales them."""
 
     @staticmethod
-    def forward(ctx, h, weight, labels, chunk, cap, z, dtype, train):  # noqa: ANN001, ANN205
+    def forward(ctx, h, weight, labels, chunk, cap, z, dtype, train, of_chunk):  # noqa: ANN001, ANN205
         # A graph that needs no gradient (validation) computes the loss alone.
         # (needs_input_grad is blind to no_grad.)
         need = train and any(ctx.needs_input_grad[:2])
@@ -48,7 +48,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, h.shape[0], chunk):
             part = slice(start, start + chunk)
             x = h[part].to(dtype)
-            value, dlogits = _chunk(x @ w.t(), labels[part], cap, z, need)
+            value, dlogits = of_chunk(x @ w.t(), labels[part], cap, z, need)
             loss += value
             if need:
                 dlogits = dlogits.to(dtype)
@@ -66,10 +66,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         dh, dw = ctx.saved_tensors
-        return dh * grad.to(dh.dtype), dw * grad.to(dw.dtype), None, None, None, None, None, None
+        return dh * grad.to(dh.dtype), dw * grad.to(dw.dtype), *[None] * 7
 
 
-def _chunk(
+def chunk_loss(
     raw: torch.Tensor, labels: torch.Tensor, cap: float, z: float, need: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Loss and gradient for one chunk of logits: raw [n, V], labels [n] -> (sum, [n, V] fp32)."""
@@ -103,6 +103,7 @@ class Head(nn.Linear):
             args.z_loss,
             args.loss_chunk_tokens,
         )
+        self.chunk_loss = chunk_loss  # parallel/loss.py has one for a part of the vocabulary
 
     def forward(self, h: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The summed loss counts z-loss in training only, so validation is plain cross-entropy."""
@@ -120,4 +121,5 @@ class Head(nn.Linear):
             z,
             dtype,
             torch.is_grad_enabled(),
+            self.chunk_loss,
         )

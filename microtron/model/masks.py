@@ -67,7 +67,7 @@ def build_masks(
     seq_len: int,
     window: int,
     device: torch.device,
-    positions: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> dict[str, object]:
     """The masks of a batch, built once and shared by all layers: ``{"window": ..., "full": ...}``.
 
@@ -75,9 +75,8 @@ def build_masks(
         backend: eager, sdpa, flex or blocked. None stands for plain causal in sdpa, whose kernels
             know it;
             blocked takes the number of keys in sight.
-        positions: [B, S] restarting at 0 at each document start to keep documents apart, or None.
+        documents: [B, S] number of each token's document, to keep them apart, or None.
     """
-    documents = None if positions is None else document_numbers(positions)
     spans = {"full": None, "window": window if window < seq_len else None}
     if backend == "blocked" and documents is None:
         return {kind: span or seq_len for kind, span in spans.items()}

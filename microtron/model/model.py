@@ -53,9 +53,13 @@ class Transformer(nn.Module):
                 if layer.moe_enabled:
                     layer.moe.init_buffers()
 
-    def causal_masks(self, seq_len: int, device: torch.device) -> dict[str, object]:
-        """Masks without documents, built once for each length."""
+    def _masks_of(
+        self, seq_len: int, device: torch.device, documents: torch.Tensor | None
+    ) -> dict[str, object]:
+        """Masks of a batch; without documents they are built once for each length."""
         backend = resolve_backend(self.model_args.attn_backend, device.type)
+        if documents is not None:
+            return build_masks(backend, seq_len, self.model_args.window, device, documents)
         key = (backend, seq_len, device)
         if key not in self._masks:
             if len(self._masks) >= 4:  # lengths that come and go must not pile up
@@ -69,25 +73,29 @@ class Transformer(nn.Module):
         attention_masks: dict[str, object] | None = None,
         positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass.
 
         Args:
-            tokens: [B, S] int64, or hidden states [B, S, dim] on a later pipeline stage.
-            attention_masks: see `build_masks`; None: one document, causal.
-            positions: [B, S] int64 for RoPE; None: 0 .. S-1.
+            tokens: [B, S] int64, or hidden states [B, S, dim] on a later pipeline stage. Where a
+                sequence is spread over ranks, tokens, labels and hidden states are this rank's part
+                of S; positions, documents and masks always speak of the whole sequence.
+            attention_masks: see `build_masks`; None: made here, causal, by document if these are
+                given.
+            positions: [B or 1, S] int64 for RoPE; None: 0 .. S-1.
             labels: [B, S] int64 with -100 for "not a target"; only the last stage looks at them.
+            documents: [B, S] number of the document of each token; None: one document.
 
         Returns:
             logits [B, S, V]; or the summed cross-entropy (fp32 scalar) with labels; or hidden
             states [B, S, dim] where there is no head.
         """
-        h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        seq_len, device = h.shape[1], h.device
         if positions is None:
-            positions = torch.arange(seq_len, device=device).unsqueeze(0)
-        masks = attention_masks or self.causal_masks(seq_len, device)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        masks = attention_masks or self._masks_of(positions.shape[1], tokens.device, documents)
         rope = self.rope(positions)
+        h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for layer in self.layers.values():
             h, counts = layer(h, rope, masks[layer.mask_kind], self.step_tokens)
             if counts is not None and self.training and torch.is_grad_enabled():

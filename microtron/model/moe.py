@@ -4,13 +4,15 @@ Every token reaches all of its top-k experts, whatever the load: there is no cap
 multiply the experts' outputs, down bias included (gpt-oss).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
 from microtron.model.experts import Experts
-from microtron.model.router import Router
+from microtron.model.router import Router, Routing
 
 
 class MoE(nn.Module):
@@ -28,6 +30,7 @@ class MoE(nn.Module):
         self.load_balance_coeff = args.bias_update_rate if args.load_balance == "bias" else None
         self.router = Router(args)
         self.experts = Experts(args)
+        self.dispatch = dispatch  # parallel/ep.py puts one here that crosses ranks
         experts = args.num_experts
         biased = self.load_balance_coeff is not None
         self.register_buffer("expert_bias", torch.empty(experts) if biased else None)
@@ -48,16 +51,28 @@ class MoE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B, S, dim] -> ([B, S, dim], counts [E]). step_tokens: see Router."""
         tokens = x.reshape(-1, x.shape[-1])  # [N, dim]
-        weights, experts, counts = self.router(
-            tokens, self.expert_bias, self.load_fractions, step_tokens
-        )
-        order = experts.reshape(-1).argsort(stable=True)  # [N k], slots grouped by expert
-        # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
-        outputs = self.experts(tokens.index_select(0, order // self.top_k), counts)
-        index = torch.arange(order.numel(), device=x.device)
-        slots = torch.empty_like(order).scatter(0, order, index)  # where each slot went
-        mixed = combine(outputs, slots.view(-1, self.top_k), weights.to(outputs.dtype))
-        return mixed.view_as(x), counts
+        routing = self.router(tokens, self.expert_bias, self.load_fractions, step_tokens)
+        mixed = self.dispatch(tokens, routing, self.experts)
+        return mixed.view_as(x), routing.counts
+
+
+def dispatch(
+    tokens: torch.Tensor, routing: Routing, experts: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Each token through its experts and back: tokens [N, dim] -> [N, dim]."""
+    order, slots = by_expert(routing.experts)
+    # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
+    rows = tokens.index_select(0, order // slots.shape[1])
+    return combine(experts(rows, routing.counts), slots, routing.weights)
+
+
+def by_expert(experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """experts [N, k] -> slots n * k + j in the order of their experts [N k], and where each slot
+    went [N, k].
+    """
+    order = experts.reshape(-1).argsort(stable=True)
+    index = torch.arange(order.numel(), device=order.device)
+    return order, torch.empty_like(order).scatter(0, order, index).view_as(experts)
 
 
 def combine(outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,6 +80,7 @@ def combine(outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -
 
     On a CPU the three steps are one embedding_bag: no [N, k, dim] tensor, one pass.
     """
+    weights = weights.to(outputs.dtype)
     if outputs.device.type == "cpu" and outputs.dtype == torch.float32:
         return F.embedding_bag(slots, outputs, mode="sum", per_sample_weights=weights)
     chosen = outputs.index_select(0, slots.reshape(-1)).view(*slots.shape, -1)  # [N, k, dim]

@@ -22,14 +22,20 @@ class ExpertBalance:
         self,
         model_parts: list[nn.Module],
         sum_over_ranks: Callable[[torch.Tensor], None] | None = None,
+        sum_over_stages: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
+        """Args:
+        sum_over_ranks: in place, over all ranks that route tokens through these layers.
+        sum_over_stages: in place, over the stages of the pipeline, which have other layers.
+        """
         self.layers = {
             name: layer.moe
             for part in model_parts
             for name, layer in part.layers.items()
             if layer.moe_enabled
         }
-        self.sum_over_ranks = sum_over_ranks
+        self.sum_over_ranks, self.sum_over_stages = sum_over_ranks, sum_over_stages
+        self.n_layers = model_parts[0].model_args.n_layers
         self.counts: torch.Tensor | None = None  # [L, E] of the last step
 
     @torch.no_grad()
@@ -50,10 +56,17 @@ class ExpertBalance:
             moe.tokens_per_expert.zero_()
 
     def metrics(self) -> dict[str, object]:
-        """Of the last step, by layer: max/mean load, entropy (1 is even), experts left idle."""
+        """Of the last step, by layer: max/mean load, entropy (1 is even), experts left idle.
+
+        Every rank calls it: a pipeline's stages put their layers together.
+        """
         if self.counts is None:
             return {}
-        loads = self.counts.double().cpu()
+        counts = self.counts.new_zeros(self.n_layers, self.counts.shape[1])
+        counts[[int(name) for name in self.layers]] = self.counts
+        if self.sum_over_stages is not None:
+            self.sum_over_stages(counts)
+        loads = counts.double().cpu()
         shares = loads / loads.sum(1, keepdim=True)
         entropy = torch.special.entr(shares).sum(1) / torch.log(torch.tensor(shares.shape[1]))
         return {

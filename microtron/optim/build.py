@@ -2,7 +2,7 @@
 its step.
 """
 
-import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -58,9 +58,19 @@ def build_optimizers(
             "leave it out"
         )
     optimizers = GroupedOptimizers(model_parts, config)
-    mesh = parallel_dims.get_optional_mesh("loss")
-    reduce = (
-        functools.partial(dist.all_reduce, group=mesh.get_group()) if mesh is not None else None
+    # Data, context and (the sequence is cut) tensor parallel ranks route different tokens.
+    optimizers.balance = ExpertBalance(
+        model_parts, _sum_over(parallel_dims, "loss", "tp"), _sum_over(parallel_dims, "pp")
     )
-    optimizers.balance = ExpertBalance(model_parts, reduce)
     return optimizers
+
+
+def _sum_over(dims: ParallelDims, *names: str) -> Callable[[torch.Tensor], None] | None:
+    """All-reduce over the meshes that this run has; None: it has none of them."""
+    groups = [m.get_group() for m in map(dims.get_optional_mesh, names) if m is not None]
+
+    def reduce(counts: torch.Tensor) -> None:
+        for group in groups:
+            dist.all_reduce(counts, group=group)
+
+    return reduce if groups else None

@@ -1,25 +1,31 @@
-"""The order in which a model is wrapped, on one page: activation checkpointing, compile, data
-parallel.
+"""The order in which a model is spread, on one page.
 
-Each wraps the blocks from the inside out: what is recomputed is decided first, the result is
-compiled, and sharding hooks go around compiled blocks. TorchTitan calls `parallelize` with a model
-on the meta device.
+    pipeline        pp.py        a stage is a model with layers missing; the rest sees no difference
+    tensor          tp.py        weights become DTensors on tp; the sequence is cut between products
+    experts         ep.py        whole experts on ep (which borrows dp, cp and tp ranks)
+    context         ulysses.py   sequence for heads around attention
+    checkpointing   TorchTitan   decides what backward computes again, communication included
+    compile         torch        a block with all of the above is one graph
+    data            dp.py        FSDP2 / HSDP / DDP hooks go around compiled blocks
+
+TorchTitan calls `parallelize` with a model, or a stage, on the meta device.
 """
-
-from microtron.accelerator import DEVICE_TYPE
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
-from microtron.errors import UserError
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.model.model import Transformer
+from microtron.parallel.dp import apply_dp
+from microtron.parallel.ep import apply_experts
+from microtron.parallel.tp import apply_tp
+from microtron.parallel.ulysses import apply_ulysses
 
-# Results that selective (op) checkpointing keeps rather than computes again.
+# Results that selective (op) checkpointing keeps rather than computes, or sends, again.
 SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -30,15 +36,26 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.microtron.attention.default,
     torch.ops.microtron.experts.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
     torch._higher_order_ops.flex_attention,
     torch._higher_order_ops.inductor_compiled_code,
 }
 
 
-def parallelize(model: Transformer, parallel_dims: ParallelDims, job: JobConfig) -> Transformer:
+def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Transformer:
     """TorchTitan's parallelize_fn."""
     model.init_seed = job.debug.seed
     model.place_parameter = place
+    if dims.tp_enabled:
+        split_width = not dims.ep_enabled  # else ep.py has the experts
+        apply_tp(model, dims.get_mesh("tp"), dims.get_mesh("tp") if split_width else None)
+    if dims.ep_enabled:
+        mesh = dims.get_mesh(["ep", "etp"] if dims.etp_enabled else "ep")
+        for block in model.layers.values():
+            apply_experts(block.moe, mesh, ep=True, etp=dims.etp_enabled)
+    if dims.cp_enabled:
+        apply_ulysses(model, dims.get_mesh("cp").get_group())
     if job.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -48,49 +65,22 @@ def parallelize(model: Transformer, parallel_dims: ParallelDims, job: JobConfig)
             base_folder=job.job.dump_folder,
         )
     if job.compile.enable and "model" in job.compile.components:
-        for block in model.layers.values():
-            block.compile(backend=job.compile.backend, fullgraph=True)
-    if parallel_dims.dp_enabled:
-        _shard(model, parallel_dims, job)
+        _compile(model, dims, job)
+    if dims.fsdp_enabled or dims.dp_replicate_enabled:
+        apply_dp(model, dims, job)
     return model
 
 
-def check_layout(job: JobConfig, world_size: int) -> None:
-    """Refuses layouts that this version does not have, before any process group is built.
+def _compile(model: Transformer, dims: ParallelDims, job: JobConfig) -> None:
+    if job.parallelism.enable_async_tensor_parallel and dims.tp_enabled:
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    Raises:
-        UserError: with the degree and what works instead.
-    """
-    p = job.parallelism
-    for name in (
-        "data_parallel_replicate_degree",
-        "tensor_parallel_degree",
-        "pipeline_parallel_degree",
-        "context_parallel_degree",
-        "expert_parallel_degree",
-    ):
-        if getattr(p, name) != 1:
-            raise UserError(
-                f"parallelism.{name} = {getattr(p, name)} is not supported yet: "
-                "leave it at 1 (all ranks share the data and the weights, FSDP2)"
-            )
-    if p.data_parallel_shard_degree not in (-1, world_size):
-        raise UserError(
-            f"parallelism.data_parallel_shard_degree = {p.data_parallel_shard_degree} does not "
-            f"make the {world_size} ranks of this run: use {world_size}, or -1 for all of them"
-        )
-    ranks_batch = job.training.local_batch_size * world_size
-    if job.training.global_batch_size > 0 and job.training.global_batch_size % ranks_batch:
-        raise UserError(
-            f"training.global_batch_size = {job.training.global_batch_size} is not a multiple of "
-            f"local_batch_size x data ranks = {job.training.local_batch_size} x {world_size}: "
-            f"use {max(1, job.training.global_batch_size // ranks_batch) * ranks_batch}"
-        )
-    if job.activation_checkpoint.mode == "memory_budget" and not job.compile.enable:
-        raise UserError(
-            "activation_checkpoint.mode = 'memory_budget' is the compiler's work: "
-            "set compile.enable = true or choose full"
-        )
+        torch._inductor.config._micro_pipeline_tp = True
+        enable_symm_mem_for_group(dims.get_mesh("tp").get_group().group_name)
+    for block in model.layers.values():
+        if dims.ep_enabled:  # the host must see split sizes, and FSDP2 hooks the experts
+            block.moe.dispatch = torch.compiler.disable(block.moe.dispatch)
+        block.compile(backend=job.compile.backend, fullgraph=not dims.ep_enabled)
 
 
 def place(parameter: nn.Parameter, full: torch.Tensor) -> None:
@@ -101,40 +91,3 @@ def place(parameter: nn.Parameter, full: torch.Tensor) -> None:
             full.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
     parameter.data.copy_(full)
-
-
-def reshard(model: nn.Module) -> None:
-    """After a forward without a backward: gives up the weights that FSDP2 still holds whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _shard(model: Transformer, parallel_dims: ParallelDims, job: JobConfig) -> None:
-    """FSDP2 by block."""
-    options: dict[str, object] = {
-        "mesh": parallel_dims.get_mesh("fsdp"),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_reduce],
-        ),
-    }
-    if job.training.enable_cpu_offload and DEVICE_TYPE == "cuda":
-        options["offload_policy"] = CPUOffloadPolicy()
-    reshard = job.parallelism.fsdp_reshard_after_forward != "never"
-    tied = model.model_args.tie_embeddings
-    if not tied:
-        fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
-    for block in model.layers.values():
-        fully_shard(block, **options, reshard_after_forward=reshard)
-    if not tied:
-        # Backward needs these first, so they stay whole after forward.
-        always = job.parallelism.fsdp_reshard_after_forward == "always"
-        fully_shard([model.norm, model.output], **options, reshard_after_forward=always)
-    fully_shard(model, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is divided by the global token count already. Plain sums: gloo has no
-            # PREMUL_SUM, and NCCL's returns zeros in bf16 (pytorch#190745).
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)

@@ -6,7 +6,7 @@ from helpers import assert_same_grads, build_random, grads_of, randomise, rel, t
 
 from microtron.model.attention_core import eager, flex
 from microtron.model.experts import Experts
-from microtron.model.masks import build_masks
+from microtron.model.masks import build_masks, document_numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,8 @@ def test_flex_against_eager(sinks, kind, documents, dtype):
         # The truth is computed in fp32 from the very same (rounded) numbers.
         cast = torch.float32 if name == "eager" else dtype
         q, k, v, s = (x.detach().to(cast).requires_grad_() for x in inputs)
-        mask = build_masks(name, SEQ_LEN, WINDOW, device, positions)[kind]
+        documents = None if positions is None else document_numbers(positions)
+        mask = build_masks(name, SEQ_LEN, WINDOW, device, documents)[kind]
         out = core(q, k, v, s if sinks else None, mask, 0.125)
         (out.float() * upstream).sum().backward()
         results[name] = [out, q.grad, k.grad, v.grad] + ([s.grad] if sinks else [])

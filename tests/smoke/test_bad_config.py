@@ -72,8 +72,6 @@ ARGUMENTS = {
     "--optimizer.beta1=1.5": ["optimizer.beta1 = 1.5", "from 0 to below 1"],
     "--lr_scheduler.min_lr_factor=2": ["min_lr_factor = 2.0", "from 0 to 1"],
     "--lr_scheduler.total_steps=3": ["total_steps = 3", "at least training.steps = 10000"],
-    "--parallelism.tensor_parallel_degree=2": ["tensor_parallel_degree = 2", "leave it at 1"],
-    "--parallelism.data_parallel_shard_degree=3": ["degree = 3", "use 1, or -1"],
     "--debug.seed=99999999999999999999": ["debug.seed = 99999999999999999999", "2^63 - 1"],
     "--model.converters=float8": ["model.converters = ['float8']", "leave it out"],
     "--checkpoint.last_save_in_hf": ["last_save_in_hf = True", "leave it out"],

@@ -34,7 +34,8 @@ def run(core, leaves, sinks=True, kind="full", positions=None):
     """[out, dq, dk, dv(, dsinks)] of one body."""
     q, k, v, s = leaves
     name = next(key for key, body in BACKENDS.items() if body is core)
-    mask = build_masks(name, SEQ_LEN, WINDOW, CPU, positions)[kind]
+    documents = None if positions is None else document_numbers(positions)
+    mask = build_masks(name, SEQ_LEN, WINDOW, CPU, documents)[kind]
     out = core(q, k, v, s if sinks else None, mask, WIDTH**-0.5)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
     wanted = leaves if sinks else leaves[:3]
@@ -88,7 +89,8 @@ def test_flex_forward_against_eager(monkeypatch, n_kv_heads, kind, sinks, positi
 
     monkeypatch.setattr(attention_core, "_compiled_flex", lambda: flex_attention)
     q, k, v, s = (leaf.detach() for leaf in inputs(n_kv_heads))
-    mask = build_masks("flex", SEQ_LEN, WINDOW, CPU, positions)[kind]
+    documents = None if positions is None else document_numbers(positions)
+    mask = build_masks("flex", SEQ_LEN, WINDOW, CPU, documents)[kind]
     out = flex(q, k, v, s if sinks else None, mask, WIDTH**-0.5)
     assert rel(out, run(eager, inputs(n_kv_heads), sinks, kind, positions)[0]) < 1e-5
 

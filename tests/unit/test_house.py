@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "data": ("data", "errors"),
     "optim": ("accelerator", "errors", "model", "optim"),
     "parallel": ("accelerator", "errors", "model", "parallel"),
+    "parallel.layout": ("accelerator", "config", "errors", "model", "parallel"),
     "batch": ("model",),
     "loss": (),
     "sample": (),

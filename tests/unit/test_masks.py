@@ -80,7 +80,7 @@ def test_build_masks_kinds():
     masks = build_masks("eager", 8, 3, CPU)
     assert torch.equal(masks["window"], by_definition(8, 3, None))
     assert torch.equal(masks["full"], by_definition(8, None, None))
-    packed = build_masks("sdpa", 8, 3, CPU, POSITIONS)
+    packed = build_masks("sdpa", 8, 3, CPU, document_numbers(POSITIONS))
     assert torch.equal(packed["full"], by_definition(8, None, document_numbers(POSITIONS)))
     assert torch.equal(packed["window"], by_definition(8, 3, document_numbers(POSITIONS)))
 

@@ -11,7 +11,6 @@ from microtron import check, config, parse
 from microtron.errors import UserError, unboxed
 from microtron.flavors import FLAVORS
 from microtron.model.args import ModelArgs
-from microtron.parallel.apply import check_layout
 from microtron.startup import write_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
@@ -226,8 +225,6 @@ def test_shipped_files(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)  # without data or outputs
     job = parse.parse([f"--job.config_file={path}"])
     config.resolved_args(job)
-    for ranks in (1, 2, 8):
-        check_layout(job, ranks)
     assert job.job.description and job.job.dump_folder.startswith("outputs/")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,192 @@
+"""What a rank of the certificate does: the real Trainer, three steps, every number compared."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from microtron.certificate.layouts import Case
+from microtron.model.init import plain_name
+from microtron.parallel.layout import check_layout
+from microtron.parse import parse
+from microtron.spec import register
+from microtron.train import Trainer
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Witness(Trainer):
+    """A Trainer that keeps what each step made: loss, gradient norm, every gradient."""
+
+    def __init__(self, job: object) -> None:
+        super().__init__(job)
+        self.record: list[dict[str, object]] = []
+
+    def _clip(self, loss: torch.Tensor, microbatch: tuple) -> float:
+        grads = {
+            name: _whole(p.grad) for name, p in self._named() if p.grad is not None
+        }
+        norm = super()._clip(loss, microbatch)
+        self.record.append({"loss": self.sum_of_loss(loss), "norm": norm, "grads": grads})
+        return norm
+
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(plain_name(n), p) for part in self.model_parts for n, p in part.named_parameters()]
+
+    def weights(self) -> Tensors:
+        """Parameters and saved buffers, whole."""
+        buffers = [
+            (plain_name(n), b)
+            for part in self.model_parts
+            for n, b in part.named_buffers()
+            if n.endswith(("load_fractions", "expert_bias"))
+        ]
+        return {name: _whole(value) for name, value in [*self._named(), *buffers]}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+def three_steps(case: Case, folder: Path, seed: Path | None) -> dict[str, object]:
+    """Runs a case on the ranks of this process group.
+
+    Returns:
+        ``steps``: loss, norm and gradients of each; ``weights`` after the last; ``seconds``. Whole
+        tensors, of the parameters that this rank knows (a pipeline stage knows its own).
+    """
+    start = time.perf_counter()
+    argv = [*case.argv, f"--job.dump_folder={folder}"]
+    # Weights alone: asking an optimizer that has not stepped for its state makes it take a step.
+    argv.append(
+        f"--checkpoint.initial_load_path={seed}" if seed else "--checkpoint.last_save_model_only"
+    )
+    job = parse(argv)
+    check_layout(job, case.ranks)
+    register()
+    trainer = Witness(job)
+    try:
+        if seed is None:
+            _disturb(trainer)
+            trainer.saved_step = -1
+            trainer._save(last=True)
+        else:
+            trainer.resume()
+        batches = trainer.batch_generator(trainer.dataloader)
+        for _ in range(job.training.steps):
+            trainer.step += 1
+            trainer.train_step(batches)
+        return {
+            "steps": trainer.record,
+            "weights": trainer.weights(),
+            "seconds": time.perf_counter() - start,
+        }
+    finally:
+        trainer.close()
+
+
+@torch.no_grad()
+def _disturb(trainer: Trainer) -> None:
+    """Moves every weight off its first value: zero biases and unit norms would hide mistakes, and
+    a layout that did not load the seed checkpoint must not agree by its own initialisation.
+    """
+    generator = torch.Generator().manual_seed(7)
+    for parameter in trainer.parameters:
+        scale = 0.05 if parameter.dim() > 1 else 0.3
+        parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    actual, expected = actual.double(), expected.double()
+    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def compare(ours: dict[str, object], truth: dict[str, object]) -> dict[str, object]:
+    """Largest relative errors of loss, norm, gradients and weights, and the worst names."""
+    errors: dict[str, object] = {"loss": 0.0, "norm": 0.0, "grads": 0.0, "weights": 0.0}
+    names: dict[str, str] = {}
+
+    def take(kind: str, value: float, name: str) -> None:
+        if value >= errors[kind]:
+            errors[kind], names[kind] = value, name
+
+    for step, (mine, right) in enumerate(zip(ours["steps"], truth["steps"], strict=True), 1):
+        for kind in ("loss", "norm"):
+            value = abs(mine[kind] - right[kind]) / abs(right[kind])
+            take(kind, value if value == value else float("inf"), f"step {step}")
+        for name, grad in mine["grads"].items():
+            take("grads", distance(grad, right["grads"][name]), f"{name} at step {step}")
+    for name, weight in ours["weights"].items():
+        take("weights", distance(weight, truth["weights"][name]), name)
+    seen = sorted(ours["weights"])
+    return {**errors, "worst": names, "parameters": seen}
+
+
+def together(mine: dict[str, object]) -> dict[str, object]:
+    """The worst of all ranks, and all the parameters that were compared by any of them."""
+    all_of: list[dict] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_of, mine)
+    result: dict[str, object] = {"worst": {}}
+    for kind in ("loss", "norm", "grads", "weights"):
+        worst = max(all_of, key=lambda r: r[kind])
+        result[kind], result["worst"][kind] = worst[kind], worst["worst"].get(kind, "")
+    result["parameters"] = sorted({name for r in all_of for name in r["parameters"]})
+    return result
+
+
+def quiet() -> None:
+    """Libraries speak of groups being built; the table is what is read here."""
+    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("microtron", "torchtitan"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+
+
+def run_cases(
+    cases: list[Case],
+    folder: Path,
+    report: Callable[[Case, dict[str, object]], None],
+    sabotage: Callable[[], contextlib.AbstractContextManager] | None = None,
+) -> None:
+    """All cases of one number of ranks, one after the other in the same processes.
+
+    Args:
+        folder: holds ``<run>/seed`` and ``<run>/truth.pt`` of each run (see `truth_folder`).
+        report: called on rank 0 with each result.
+        sabotage: a context to build and run in: tests break a plan to see it caught.
+    """
+    quiet()
+    for case in cases:
+        truth = truth_folder(case, folder)
+        with sabotage() if sabotage is not None else contextlib.nullcontext():
+            ours = three_steps(case, folder / "runs" / case.name, truth / "checkpoint" / "step-0")
+        right = torch.load(truth / "truth.pt", weights_only=True)
+        result = together(compare(ours, right))
+        missing = sorted(right["weights"].keys() - set(result.pop("parameters")))
+        if dist.get_rank() == 0:
+            report(case, {**result, "missing": missing, "seconds": ours["seconds"]})
+
+
+def truth_folder(case: Case, folder: Path) -> Path:
+    """Where the single process of this case's run keeps its seed checkpoint and its results."""
+    words = [option.rpartition(".")[2].replace("=", "-") for option in case.run]
+    return folder / "truth" / ("_".join(words) or "moe")
+
+
+def make_truth(case: Case, folder: Path) -> None:
+    """Runs the single process and keeps what it made."""
+    quiet()
+    target = truth_folder(case, folder)
+    single = Case(case.name, 1, 8, (), case.run)
+    result = three_steps(single, target, None)
+    torch.save({k: result[k] for k in ("steps", "weights")}, target / "truth.pt")

@@ -1,0 +1,223 @@
+"""What autograd keeps of a forward, in bytes, counted off the model's code.
+
+N tokens of a microbatch are S/cp of each row; N' = N / tp are this rank's own between products
+(sequence parallel). M rows reach this rank's experts. e is the bytes of a compute-dtype number; 4
+stands for what is fp32 always. Each term names its tensor. Real forwards hold the counts to account
+(`benchmarks/estimate.py`, tests/unit/test_estimate.py).
+
+Three precisions differ in what they copy. fp32: nothing. FSDP2's mixed precision: the residual is
+bf16, norms and router copy it to fp32. autocast (bf16 without FSDP2): the residual is fp32, each
+product copies its input to bf16.
+
+Compiled blocks keep less: the compiler's min-cut partition computes pointwise steps again in
+backward, so there only what goes into and comes out of products is counted.
+"""
+
+from microtron.model.attention_core import resolve_backend
+from microtron.scaling.plan import Plan, Stage
+
+FP32, INT64 = 4, 8
+_SINK = 8  # attention_core's sdpa widens heads by this for the sink
+_FEW = 64  # up to so many tokens `blocked` hands full layers to sdpa
+
+
+def kept_bytes(plan: Plan, stage: Stage) -> int:
+    """A stage's blocks after the forward of one microbatch, and the rotary tables they share."""
+    rows = plan.microbatch if plan.documents else 1
+    total = 2 * FP32 * rows * plan.seq_len * plan.args.head_dim
+    for position, layer in enumerate(stage.layers):
+        mode = mode_of(plan, position)
+        if mode == "none":
+            total += block_bytes(plan, layer)
+        else:
+            total += _hidden(plan)  # the block's input
+            total += selective_bytes(plan, layer) if mode == "selective" else 0
+    return total
+
+
+def mode_of(plan: Plan, position: int) -> str:
+    """none, full or selective (by operator) for the n-th block of a stage."""
+    if plan.checkpointing == "selective" and plan.option.isdecimal():
+        return "none" if (position + 1) % int(plan.option) else "full"
+    return {"memory_budget": "none"}.get(plan.checkpointing, plan.checkpointing)
+
+
+def boundary_bytes(plan: Plan, stage: Stage) -> int:
+    """What a pipeline stage keeps of a microbatch besides: its input and its output."""
+    return _hidden(plan) * ((not stage.first) + (not stage.last))
+
+
+def end_bytes(plan: Plan) -> int:
+    """After the blocks: the last norm's input, and the gradients that the loss has made already
+    (`model/head.py`): of the hidden states, gathered over tp, and of the head's weight.
+    """
+    args = plan.args
+    columns = -(-args.vocab_size // plan.layout.tp)
+    weight = plan.width if plan.wrapped else FP32
+    of_hidden = plan.residual * plan.tokens * args.dim
+    return _norm_input(plan) + of_hidden + weight * columns * args.dim
+
+
+def block_bytes(plan: Plan, layer: int) -> int:
+    """One block of which nothing is computed again (but by the compiler)."""
+    if plan.compiled:
+        return compiled_bytes(plan, layer)
+    after = moe_bytes(plan) if plan.args.moe else feed_forward_bytes(plan)
+    return attention_bytes(plan, layer) + after
+
+
+def _hidden(plan: Plan) -> int:
+    """Hidden states between blocks: N' dim."""
+    return plan.residual * plan.own_tokens * plan.args.dim
+
+
+def _norm_input(plan: Plan) -> int:
+    """RMSNorm: x in fp32 and 1/rms; on a CPU, where it is not fused, x/rms too."""
+    copies = 1 if plan.kind == "cuda" else 2
+    return FP32 * plan.own_tokens * (copies * plan.args.dim + 1)
+
+
+def _product_inputs(plan: Plan, products: int) -> int:
+    """The norm's output, gathered over tp: N dim; under autocast a copy for each product."""
+    copies = products if plan.autocast else 1
+    return copies * plan.width * plan.tokens * plan.args.dim
+
+
+def attention_bytes(plan: Plan, layer: int) -> int:
+    """The first half of a block."""
+    args, n, e = plan.args, plan.tokens, plan.width
+    heads, kv = _heads(plan)
+    q = n * heads * args.head_dim
+    total = _norm_input(plan) + _product_inputs(plan, 3)
+    if args.qk_norm:  # as above, on heads
+        vectors = n * (heads + args.n_kv_heads // plan.layout.tp)
+        copies = 1 if plan.kind == "cuda" else 2
+        total += FP32 * vectors * (copies * args.head_dim + 1)
+    total += _core_bytes(plan, layer)
+    if plan.layout.cp > 1:
+        total += e * (q + n * kv * args.head_dim)  # v lies in one tensor with q and k, as they came
+        backend = resolve_backend(args.attn_backend, plan.kind)
+        total += 0 if backend == "flex" else e * q  # what goes back, beside what `wo` gets
+    return total
+
+
+def _heads(plan: Plan) -> tuple[int, int]:
+    """Query and kv heads of this rank while it attends, times cp: it then has all of S."""
+    tp = plan.layout.tp
+    return plan.args.n_heads // tp, max(plan.args.n_kv_heads // tp, plan.layout.cp)
+
+
+def _core_bytes(plan: Plan, layer: int) -> int:
+    """Rotated q and k, v, the output (which `wo` keeps), and what the backend makes."""
+    args, n, s = plan.args, plan.tokens, plan.seq_len
+    heads, kv = _heads(plan)
+    d, e = args.head_dim, plan.width
+    window = args.mask_kind(layer) == "window" and args.window < s
+    backend = resolve_backend(args.attn_backend, plan.kind)
+    if backend == "blocked" and (plan.documents or (s <= _FEW and not window)):
+        backend = "sdpa"
+    masked = plan.documents or window
+    square = s * s * (plan.microbatch if plan.documents else 1)
+    if backend == "flex":  # q, k, v, out, gated out; two logarithms, one of them again in bf16
+        return n * (e * d * (3 * heads + 2 * kv) + heads * (2 * FP32 + e))
+    if backend == "blocked":  # fp32 inside; q, k, v, out, logarithm
+        copy = e * heads * d if e < FP32 else 0
+        return n * (FP32 * (d * (2 * heads + 2 * kv) + heads) + copy)
+    if backend == "sdpa":  # q, k, v, out widened for the sink; out again; the mask as numbers
+        wide = d + _SINK * args.sinks
+        again = e * heads * d if args.sinks else 0
+        core = n * (e * wide * (2 * heads + 2 * kv) + FP32 * heads + again)
+        return core + (e * square if masked else 0)
+    # eager: softmax [S, S + 1] in fp32 (and in bf16), q, repeated k and v, out
+    scores = n * heads * (s + 1) * (FP32 + (e if e < FP32 else 0))
+    return scores + n * heads * d * 4 * e + square
+
+
+def feed_forward_bytes(plan: Plan) -> int:
+    """The second half of a dense block: the norm, seven widths of swiglu (`_swiglu`)."""
+    width = plan.args.hidden_dim // plan.layout.tp
+    activation = _SWIGLU * width * plan.tokens * plan.width
+    return _norm_input(plan) + _product_inputs(plan, 1) + activation
+
+
+# gate, up; clamped gate; up + 1; sigmoid; gate * sigmoid; the product, which `down` keeps
+_SWIGLU = 7
+
+
+def expert_rows(plan: Plan) -> tuple[int, int]:
+    """(tokens that this rank hands to experts, rows that its experts get). Evenly loaded, the rows
+    that come are as many as those that go: tokens x top_k.
+    """
+    tokens = plan.tokens if plan.expert_split > 1 else plan.own_tokens
+    return tokens, tokens * plan.args.top_k
+
+
+def moe_bytes(plan: Plan) -> int:
+    """The second half of a block with experts."""
+    args, e = plan.args, plan.width
+    tokens, rows = expert_rows(plan)
+    width = args.expert_dim // plan.expert_split
+    total = _norm_input(plan) + FP32 * plan.own_tokens * args.dim  # the router's input
+    total += plan.own_tokens * (2 * FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
+    total += 2 * INT64 * rows  # order, slots
+    total += e * rows * args.dim  # what the experts get
+    total += e * tokens * args.top_k * args.dim  # what they gave, for the routing weights
+    if plan.kind == "cpu" and args.experts_backend != "loop":
+        total += 2 * e * rows * width  # gate and up; the operator makes the rest again
+    else:
+        total += _SWIGLU * e * rows * width
+        total += 2 * INT64 * rows if args.mlp_bias else 0  # which bias is whose
+    if plan.layout.ep > 1:
+        total += 2 * INT64 * rows  # sorting what came, and back
+    return total
+
+
+def selective_bytes(plan: Plan, layer: int) -> int:
+    """Results that `SAVED_OPS` of parallel/apply.py keeps: products with bias and every second one
+    without, attention, experts, reduce-scatters and all-to-alls.
+    """
+    args, n, own, e = plan.args, plan.tokens, plan.own_tokens, plan.width
+    tp, (heads, kv) = plan.layout.tp, _heads(plan)
+    q, kv_width = heads * args.head_dim, args.n_kv_heads // tp * args.head_dim
+    alone = 0  # products without bias so far: TorchTitan keeps the 1st, 3rd, ..
+
+    def product(numbers: int, bias: bool) -> int:
+        nonlocal alone
+        alone += not bias
+        return e * numbers if bias or alone % 2 else 0
+
+    total = sum(product(n * w, args.attention_bias) for w in (q, kv_width, kv_width))
+    total += n * heads * ((args.head_dim * (FP32 if plan.kind == "cpu" else e)) + FP32)
+    if plan.layout.cp > 1:
+        total += e * n * (2 * q + 2 * kv * args.head_dim)
+    total += product(n * args.dim, args.attention_bias and tp == 1)
+    scattered = e * own * args.dim
+    total += scattered if tp > 1 else 0
+    if not args.moe:
+        width = args.hidden_dim // tp
+        total += product(2 * n * width, args.mlp_bias)
+        total += product(n * args.dim, args.mlp_bias and tp == 1)
+        return total + (scattered if tp > 1 else 0)
+    tokens, rows = expert_rows(plan)
+    total += FP32 * own * args.num_experts
+    total += e * rows * (2 * args.expert_dim // plan.expert_split + args.dim)
+    total += scattered if plan.expert_split > 1 else 0
+    if plan.layout.ep > 1:
+        total += e * (rows + tokens * args.top_k) * args.dim
+    return total
+
+
+def compiled_bytes(plan: Plan, layer: int) -> int:
+    """One compiled block: both residuals and 1/rms, what attention keeps, what goes into and comes
+    out of the feed-forward's products.
+    """
+    args, n, e = plan.args, plan.tokens, plan.width
+    total = 2 * (_hidden(plan) + FP32 * plan.own_tokens) + _core_bytes(plan, layer)
+    if plan.layout.tp > 1:
+        total += e * n * args.dim  # gathered again it would have to be sent again
+    if not args.moe:
+        return total + e * n * (3 * args.hidden_dim // plan.layout.tp + args.dim)
+    tokens, rows = expert_rows(plan)
+    total += plan.own_tokens * (FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
+    total += e * rows * (args.dim + 3 * args.expert_dim // plan.expert_split)
+    return total + e * tokens * args.top_k * args.dim + 2 * INT64 * rows
