@@ -328,7 +328,7 @@ class Agent(LocalElasticAgent):
             return
         with contextlib.suppress(DistError, RuntimeError):
             meeting.store.set(f"left/{meeting.node}", "1")
-            end = time.monotonic() + (LEAVING_S if self.code in _STOPPED else 2 * GRACE_S)
+            end = time.monotonic() + (LEAVING_S if self.code in _STOPPED else GRACE_S)
             others = [f"left/{n}" for n in range(meeting.nodes)]
             while meeting.node == 0 and not meeting.store.check(others):
                 if time.monotonic() > end:

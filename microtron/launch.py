@@ -21,10 +21,6 @@ import tomllib
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import SignalException
-
-from microtron.agent import Agent, Meeting, Voices
 from microtron.errors import UserError
 
 
@@ -48,8 +44,8 @@ def _number(name: str, value: str, least: int, what: str) -> int:
     return int(value)
 
 
-def check(given: argparse.Namespace) -> tuple[int, int, Meeting, int]:
-    """Ranks on this node, nodes, their meeting, restarts.
+def check(given: argparse.Namespace) -> tuple[int, int, tuple[int, int, str, int]]:
+    """Ranks on this node, restarts, and the meeting: nodes, this one, address and port.
 
     Raises:
         UserError: a value cannot work.
@@ -66,14 +62,14 @@ def check(given: argparse.Namespace) -> tuple[int, int, Meeting, int]:
     if port > 65535:
         raise UserError(f"MASTER_PORT={port} is no port: give one from 1024 to 65535")
     if nodes == 1:
-        return ranks, nodes, Meeting(1, 0, "127.0.0.1", 0), restarts
+        return ranks, restarts, (1, 0, "127.0.0.1", 0)
     for name, value in (("NODE_RANK", given.node_rank), ("MASTER_ADDR", given.master_addr)):
         if not value:
             raise UserError(
                 f"NNODES={nodes} needs {name}: give every node its number in NODE_RANK, and all "
                 "of them the host name of node 0 in MASTER_ADDR"
             )
-    return ranks, nodes, Meeting(nodes, node, given.master_addr, port), restarts
+    return ranks, restarts, (nodes, node, given.master_addr, port)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,14 +98,19 @@ def launch(argv: list[str]) -> int:
         UserError: the arguments cannot work, or the nodes did not meet.
     """
     given = _parser().parse_args(argv)
-    ranks, _, meeting, restarts = check(given)
+    ranks, restarts, meeting = check(given)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from microtron.agent import Agent, Meeting, Voices
+
     spec = WorkerSpec(
         role="rank",
         local_world_size=ranks,
-        rdzv_handler=meeting,
+        rdzv_handler=Meeting(*meeting),
         entrypoint=sys.executable,
         args=("-m", "microtron.train", *given.arguments),
         max_restarts=restarts,

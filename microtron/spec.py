@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec
@@ -22,6 +21,7 @@ from microtron.model import accounting
 from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
 from microtron.optim.build import build_optimizers
+from microtron.optim.schedule import build_schedule
 from microtron.parallel.apply import parallelize
 from microtron.parallel.pp import pipeline
 from microtron.validate import build_validator
@@ -124,7 +124,7 @@ def get_train_spec() -> TrainSpec:
         parallelize_fn=parallelize,
         pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_lr_schedulers_fn=build_schedule,
         build_dataloader_fn=build_loader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,

@@ -203,6 +203,7 @@ class Trainer(Stepper):
         path = self.job_config.checkpoint.initial_load_path
         with checkpoints.loading(self._step_folder(step) if step >= 0 or not path else Path(path)):
             loaded = self.checkpointer.load(step=step)
+        self.lr_schedulers.apply()
         if step >= 0:
             self.saved_step = step
             log.info(f"resumed from {self._step_folder(step)} ({self.ntokens_seen:,} tokens)")

@@ -19,7 +19,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
@@ -67,6 +67,7 @@ class Watchdog:
         self._sequence = 0
         self._seen: dict[int, tuple[list, float]] = {}  # rank -> its note, when that last changed
         self._lock, self._done = threading.Lock(), threading.Event()
+        self._leaving = threading.Lock()
         self._store = None
         if world_size > 1:
             self._address, self._serves = address, rank == 0 and not launched
@@ -85,7 +86,8 @@ class Watchdog:
         self._limit_s = self._long_s if long else self._train_s
         self._phase = phase
 
-    def beating(self, batches: Iterable[T], step: object) -> Iterator[T]:
+    def beating(self, batches: Iterable[T], step: Callable[[], tuple[str, bool]]
+    ) -> Iterator[T]:
         """The same batches, with a beat before and after each; ``step()`` says where we are."""
         iterator = iter(batches)
         while True:
@@ -283,6 +285,7 @@ class Watchdog:
 
     def _leave(self, told: str) -> None:
         """Ends this process; the first rank to come here prints."""
+        self._leaving.acquire()  # for good: the thread and the main thread may both come here
         ours = bool(told)
         with contextlib.suppress(Exception):
             ours = ours and self._decide(told)

@@ -18,7 +18,7 @@ from microtron.scaling.plan import Plan, Stage
 
 FP32, INT64 = 4, 8
 _SINK = 8  # attention_core's sdpa widens heads by this for the sink
-_FEW = 64  # up to so many tokens `blocked` hands full layers to sdpa
+_FEW = 64  # keys in sight with which `blocked` hands a layer to sdpa
 
 
 def kept_bytes(plan: Plan, stage: Stage) -> int:
@@ -114,7 +114,8 @@ def _core_bytes(plan: Plan, layer: int) -> int:
     d, e = args.head_dim, plan.width
     window = args.mask_kind(layer) == "window" and args.window < s
     backend = resolve_backend(args.attn_backend, plan.kind)
-    if backend == "blocked" and (plan.documents or (s <= _FEW and not window)):
+    keys = args.window if window else s
+    if backend == "blocked" and (plan.documents or s <= _FEW <= keys):
         backend = "sdpa"
     masked = plan.documents or window
     square = s * s * (plan.microbatch if plan.documents else 1)

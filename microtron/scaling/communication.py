@@ -5,9 +5,8 @@ What counts is what must leave a rank on a ring: of a gathered tensor of G bytes
 (n - 1)/n L for an all-to-all; all of it for a send. Below, N tokens, N' own tokens and M rows mean
 what they mean in `activations.py`.
 
-Under full checkpointing a block's forward runs again up to the last thing that backward needs, so
-its second reduce-scatter is not repeated; selective checkpointing keeps the results of
-reduce-scatters and all-to-alls (`SAVED_OPS`), and repeats gathers alone.
+Under full checkpointing a block's forward runs again with all it exchanges; selective checkpointing
+keeps the results of reduce-scatters and all-to-alls (`SAVED_OPS`) and repeats gathers alone.
 """
 
 from collections.abc import Iterator
@@ -119,19 +118,20 @@ def _blocks(plan: Plan, rank: int) -> Items:
             gathers = _forwards(plan) * (1 + (mode != "none"))
             others = _forwards(plan) * (1 + (mode == "full"))
             backs = _forwards(plan)
+            ends = backs if plan.early_stop else others  # nothing needs a block's very last sum
             # attention: a gather and a sum, each the other's gradient
             yield "tp all-gather", "tp", gathers * hidden + backs * sums
             yield "tp reduce-scatter", "tp", others * sums + backs * hidden
             yield "cp all-to-all", "cp", (others + backs) * (across + back)
             if not args.moe:
                 yield "tp all-gather", "tp", gathers * hidden + backs * sums
-                yield "tp reduce-scatter", "tp", backs * (sums + hidden)
+                yield "tp reduce-scatter", "tp", ends * sums + backs * hidden
                 continue
             if plan.expert_split > 1:
                 weights, chosen = FP32 * n * args.top_k, INT64 * n * args.top_k
                 with_routing = hidden + weights + chosen
                 yield "tp all-gather", "etp", gathers * with_routing + backs * sums
-                yield "tp reduce-scatter", "etp", backs * (sums + hidden + weights)
+                yield "tp reduce-scatter", "etp", ends * sums + backs * (hidden + weights)
             if layout.ep > 1:
                 both = (others + backs) * (sent + returned)
                 yield "ep all-to-all", "ep", both + others * INT64 * args.num_experts

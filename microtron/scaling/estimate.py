@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from microtron import accelerator  # noqa: F401  (before torchtitan)
+
 from torchtitan.config import JobConfig
 
 from microtron.errors import UserError

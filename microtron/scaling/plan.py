@@ -7,6 +7,8 @@ here needs a device or another process.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from microtron import accelerator  # noqa: F401  (before torchtitan)
+
 from torchtitan.config import JobConfig
 
 from microtron.config import resolved_args
@@ -49,7 +51,8 @@ class Plan:
         microbatch: sequences of one forward on one rank.
         pipelined: microbatches that go through the pipeline together.
         passes: how often that is repeated before the optimizer steps (gradient accumulation).
-        checkpointing: none, selective or full; ``option`` as TorchTitan's selective_ac_option.
+        checkpointing: none, selective or full; ``option`` and ``early_stop`` as
+            TorchTitan's options for it.
         reshard: default, always or never, as fsdp_reshard_after_forward.
     """
 
@@ -65,6 +68,7 @@ class Plan:
     stages: tuple[Stage, ...]
     checkpointing: str
     option: str
+    early_stop: bool
     reshard: str
     compiled: bool
     documents: bool
@@ -177,6 +181,7 @@ def plan_of(job: JobConfig, world_size: int, kind: str) -> Plan:
         stages=tuple(Stage(i, cut, i == 0, i == stages - 1) for i, cut in enumerate(cuts)),
         checkpointing=job.activation_checkpoint.mode,
         option=job.activation_checkpoint.selective_ac_option,
+        early_stop=job.activation_checkpoint.early_stop,
         reshard=p.fsdp_reshard_after_forward,
         compiled=job.compile.enable,
         documents=job.data.document_mask,
