@@ -2,10 +2,11 @@
 
     python benchmarks/estimate.py --out benchmarks/results/estimate.json
 
-Every case is the real Trainer on real ranks (forked processes and gloo on a CPU, one process on a
-CUDA device), three micro-steps of a small model on random tokens. Parameters and optimizer states
-are summed after a step; activations are what is alive when a forward ends, at most over the step;
-bytes sent are counted collective by collective.
+Every case is the real Trainer on real ranks (processes and gloo on a CPU, a process for each CUDA
+device), two steps of a small model on random tokens. Parameters and optimizer states are summed
+after a step; activations are what is alive when a forward ends, at most over the step (on CUDA what
+the allocator then holds beyond what it held before the step, gathered weights included); bytes sent
+are counted collective by collective (on a CPU).
 """
 
 import argparse
@@ -15,14 +16,16 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from microtron.accelerator import DEVICE_TYPE  # noqa: E402
+
 import torch  # noqa: E402
 from common import facts, write_json  # noqa: E402
 
-from microtron.accelerator import DEVICE_TYPE  # noqa: E402
 from microtron.parse import parse  # noqa: E402
 from microtron.scaling.communication import traffic_of  # noqa: E402
 from microtron.scaling.measure import Watch, standing_bytes  # noqa: E402
@@ -47,8 +50,21 @@ MODEL = (
     "--data.mock",
     "--activation_checkpoint.selective_ac_option=op",
 )
+PATIENCE_S = 120
+ON_CUDA = (
+    "--model.args.dim=512",
+    "--model.args.n_layers=8",
+    "--model.args.head_dim=64",
+    "--model.args.vocab_size=16384",
+    "--model.args.expert_dim=512",
+    "--model.args.hidden_dim=2048",
+    "--model.args.window=128",
+    "--training.seq_len=2048",
+)
 DENSE = "--model.args.num_experts=0"
 FULL, SELECTIVE = (f"--activation_checkpoint.mode={m}" for m in ("full", "selective"))
+SCHEDULE = "--parallelism.pipeline_parallel_schedule="
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
 WINDOW, FULL_ATTENTION = (f"--model.args.window_pattern={p}" for p in "SL")
 SHORT = {
     "ddp": "data_parallel_replicate_degree",
@@ -72,6 +88,7 @@ CASES: list[tuple[str, dict[str, int], int, tuple[str, ...]]] = [
     ("sdpa", {}, 4, ("--model.args.attn_backend=sdpa",)),
     ("eager", {}, 4, ("--model.args.attn_backend=eager",)),
     ("experts in a loop", {}, 4, ("--model.args.experts_backend=loop",)),
+    ("documents apart", {}, 4, ("--data.document_mask", "--data.eot_id=3")),
     ("ddp2", {"ddp": 2}, 4, ()),
     ("fsdp2", {"fsdp": 2}, 4, ()),
     ("fsdp2, selective", {"fsdp": 2}, 4, (SELECTIVE,)),
@@ -82,18 +99,15 @@ CASES: list[tuple[str, dict[str, int], int, tuple[str, ...]]] = [
     ("tp2, selective", {"tp": 2}, 4, (SELECTIVE,)),
     ("tp2, dense", {"tp": 2}, 4, (DENSE,)),
     ("cp2", {"cp": 2}, 4, ()),
+    ("cp4, 2 kv heads", {"cp": 4}, 4, ("--model.args.n_kv_heads=2",)),
     ("cp2, selective", {"cp": 2}, 4, (SELECTIVE,)),
     ("ep2", {"fsdp": 2, "ep": 2}, 4, ()),
     ("ep2, full", {"fsdp": 2, "ep": 2}, 4, (FULL,)),
     ("tp2 x ep2, etp2", {"fsdp": 2, "tp": 2, "ep": 2, "etp": 2}, 4, ()),
     ("pp2 1F1B", {"pp": 2}, 8, ()),
-    ("pp2 GPipe", {"pp": 2}, 8, ("--parallelism.pipeline_parallel_schedule=GPipe",)),
-    (
-        "pp2 Interleaved1F1B",
-        {"pp": 2},
-        8,
-        ("--parallelism.pipeline_parallel_schedule=Interleaved1F1B",),
-    ),
+    ("pp2 GPipe", {"pp": 2}, 8, (f"{SCHEDULE}GPipe",)),
+    *((f"pp2 {name}", {"pp": 2}, 8, (SCHEDULE + name,)) for name in LOOPED),
+    ("pp2 x tp2, full", {"pp": 2, "tp": 2}, 8, (FULL,)),
     ("pp2 x fsdp2", {"pp": 2, "fsdp": 2}, 8, ()),
     ("fsdp2 x tp2", {"fsdp": 2, "tp": 2}, 4, ()),
 ]
@@ -107,7 +121,8 @@ def argv_of(case: tuple, folder: Path) -> tuple[list[str], int]:
         ranks *= degrees.get(name, 1)
     layout = [f"--parallelism.{SHORT[n]}={v}" for n, v in {"fsdp": 1, **degrees}.items()]
     batch = f"--training.local_batch_size={local}"
-    return [*MODEL, batch, *layout, *extra, f"--job.dump_folder={folder}"], ranks
+    model = [*MODEL, *(ON_CUDA if DEVICE_TYPE == "cuda" else ())]
+    return [*model, batch, *layout, *extra, f"--job.dump_folder={folder}"], ranks
 
 
 class Measured(Trainer):
@@ -115,52 +130,66 @@ class Measured(Trainer):
 
     def __init__(self, job: object) -> None:
         super().__init__(job)
-        self.watch, self.activations = Watch(), 0
+        self.watch, self.activations, self.before = Watch(), 0, 0
         for part in self.model_parts:
             part.register_forward_hook(self._look)
 
+    def two_steps(self) -> None:
+        """The first makes optimizer states and buffers, the second is what is measured."""
+        batches = self.batch_generator(self.dataloader)
+        for self.step in (1, 2):
+            self.watch.sent.clear()
+            if DEVICE_TYPE == "cuda":
+                self.optimizers.zero_grad()
+                torch.cuda.reset_peak_memory_stats()
+                self.before = torch.cuda.memory_allocated()
+            self.train_step(batches)
+
     def _look(self, *unused: object) -> None:
-        self.activations = max(self.activations, self.watch.kept_bytes(self.model_parts))
+        if self.step < 2:
+            return
+        if DEVICE_TYPE == "cuda":
+            kept = torch.cuda.memory_allocated() - self.before
+        else:
+            kept = self.watch.kept_bytes(self.model_parts, self.optimizers)
+        self.activations = max(self.activations, kept)
 
 
 def measure(argv: list[str], ranks: int, rank: int) -> dict[str, object]:
     """One rank's row: predicted and measured bytes."""
     job = parse(argv)
     plan = plan_of(job, ranks, DEVICE_TYPE)
+    memory, cuda = memory_of(plan, rank), DEVICE_TYPE == "cuda"
     register()
     trainer = Measured(job)
     try:
-        batches = trainer.batch_generator(trainer.dataloader)
-        trainer.step = 1
-        trainer.train_step(batches)
-        cuda = DEVICE_TYPE == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with trainer.watch:
-            trainer.train_step(batches)
+        # Compiled attention cannot be watched; on CUDA the allocator is asked.
+        with contextlib.nullcontext() if cuda else trainer.watch:
+            trainer.two_steps()
         standing = standing_bytes(trainer.parameters, trainer.optimizers)
-        peak = torch.cuda.max_memory_allocated() if cuda else None
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
     finally:
         trainer.close()
-    memory = memory_of(plan, rank)
+    kept = memory.activations + (memory.gathered_weights if cuda else 0)
     row = {
         "rank": rank,
         "parameters_optimizer": _pair(
             memory.parameters + memory.optimizer, standing["parameters"] + standing["optimizer"]
         ),
         "gradients": _pair(memory.gradients, standing["gradients"]),
-        "activations": _pair(memory.activations, trainer.activations),
-        "sent": _sent(traffic_of(plan, rank), trainer.watch, rank),
+        "activations": _pair(kept, trainer.activations),
     }
-    return row | ({"peak": _pair(memory.peak, peak)} if peak else {})
+    if cuda:
+        return row | {"peak": _pair(memory.peak, peak)}
+    return row | {"sent": _sent(traffic_of(plan, rank), trainer.watch)}
 
 
-def _pair(predicted: float, measured: float) -> dict[str, float]:
-    ratio = predicted / measured if measured else 1.0 if not predicted else float("inf")
+def _pair(predicted: float, measured: float) -> dict[str, float | None]:
+    ratio = predicted / measured if measured else 1.0 if not predicted else None
     return {"predicted": predicted, "measured": measured, "ratio": ratio}
 
 
-def _sent(told: list, watch: Watch, rank: int) -> dict[str, dict[str, float]]:
+def _sent(told: list, watch: Watch) -> dict[str, dict[str, float]]:
     """By collective and number of ranks."""
     predicted: dict[str, float] = {}
     for item in told:
@@ -177,7 +206,7 @@ def _sent(told: list, watch: Watch, rank: int) -> dict[str, dict[str, float]]:
 
 
 def _rank(rank: int, ranks: int, port: int, argv: list[str], results: object) -> None:
-    """The main function of a forked process."""
+    """The main function of a rank's process."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -186,6 +215,7 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], results: object) ->
         MASTER_PORT=str(port),
     )
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
     try:
         results.put(measure(argv, ranks, rank))
     except BaseException as error:
@@ -202,7 +232,8 @@ def run(case: tuple) -> list[dict[str, object]]:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("fork" if DEVICE_TYPE == "cpu" else "spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["microtron.scaling.estimate", "microtron.train"])
         results = context.SimpleQueue()
         processes = [
             context.Process(target=_rank, args=(rank, ranks, port, argv, results))
@@ -210,13 +241,20 @@ def run(case: tuple) -> list[dict[str, object]]:
         ]
         for process in processes:
             process.start()
-        rows = [results.get() for _ in processes]
+        rows: list[dict[str, object]] = []
+        end = time.monotonic() + PATIENCE_S
+        while len(rows) < ranks and not (rows and "error" in rows[-1]):
+            if not results.empty():
+                rows.append(results.get())
+            elif time.monotonic() > end:
+                rows.append({"error": f"no result within {PATIENCE_S} s"})
+            else:
+                time.sleep(0.01)
         for process in processes:
-            process.join(10)
             process.kill()
-    for row in rows:
-        if "error" in row:
-            raise RuntimeError(f"{case[0]}: {row}")
+            process.join()
+    if "error" in rows[-1]:
+        raise RuntimeError(f"{case[0]}: {rows[-1]}")
     return sorted(rows, key=lambda r: r["rank"])
 
 
@@ -241,7 +279,7 @@ def main() -> None:
             f"{name:24} parameters + optimizer {static['parameters_optimizer']['ratio']:.4f}  "
             f"activations {worst['activations']['ratio']:.3f}"
         )
-        for key, pair in rows[0]["sent"].items():
+        for key, pair in rows[0].get("sent", {}).items():
             print(f"    {key:24} {pair['predicted']:12,.0f} {pair['measured']:12,.0f}")
         found.append({"case": name, "degrees": degrees, "options": extra, "ranks": rows})
     if asked.out:

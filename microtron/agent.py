@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
@@ -225,7 +226,8 @@ class Agent(LocalElasticAgent):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes().values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # held by a driver or a disk
+                process.wait(30)
         self.voices.pump()
         self._codes = {r: c for r, c in self._codes.items() if r in ended}
 
@@ -298,9 +300,10 @@ class Agent(LocalElasticAgent):
         codes, told = self._codes, self.voices.told
         cause = {"node": self.meeting.node, "line": "", "code": 1, "final": False, "sure": True}
         stopped = [c for c in codes.values() if c in _STOPPED]
-        killed = [r for r, c in codes.items() if c < 0 and c != -signal.SIGABRT]
-        if stopped or self.asked and killed:
+        early = {-signal.SIGTERM, -signal.SIGINT, LOST} if self.asked else set()
+        if set(codes.values()) <= _STOPPED | early | {0}:
             return cause | {"code": stopped[0] if stopped else 128 + self.asked, "final": True}
+        killed = [r for r, c in codes.items() if c < 0 and c != -signal.SIGABRT]
         if killed:
             name = signal.Signals(-codes[killed[0]]).name
             return cause | {"line": f"rank {killed[0]} was killed ({name}){self._log(killed[0])}"}

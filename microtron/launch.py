@@ -102,6 +102,24 @@ def launch(argv: list[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are ranks to hand it to
+    logging.disable(logging.CRITICAL)  # torchrun's own story
+    command = ("-m", "microtron.train", *given.arguments)
+    return together(command, ranks, restarts, meeting, log_folder(given.arguments))
+
+
+def together(
+    command: tuple[str, ...],
+    ranks: int,
+    restarts: int,
+    meeting: tuple[int, int, str, int],
+    folder: Path,
+) -> int:
+    """Runs ``python *command`` as so many ranks; returns the exit code of the job.
+
+    Raises:
+        UserError: the nodes did not meet.
+    """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -112,13 +130,11 @@ def launch(argv: list[str]) -> int:
         local_world_size=ranks,
         rdzv_handler=Meeting(*meeting),
         entrypoint=sys.executable,
-        args=("-m", "microtron.train", *given.arguments),
+        args=command,
         max_restarts=restarts,
         monitor_interval=0.1,
     )
-    agent = Agent(spec, Voices(log_folder(given.arguments)))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are ranks to hand it to
-    logging.disable(logging.CRITICAL)  # torchrun's own story
+    agent = Agent(spec, Voices(folder))
     try:
         agent.run()
     except SignalException as stop:

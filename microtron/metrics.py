@@ -2,9 +2,9 @@
 
 One JSON object a line: ``step, loss, grad_norm, lr, tokens, tps, mfu, tflops, memory_gib, time_s,
 data_percent`` and the expert load; validation lines hold ``step, val_loss, val_bpb, val_tokens``.
-``tokens`` and ``tps`` are of the whole run, ``mfu`` and ``tflops`` of one device, ``time_s`` is
-time spent training (validation, samples and checkpoints left out). On CPU the MFU is relative to a
-measured matrix product.
+``tokens`` and ``tps`` are of the whole run, ``mfu`` and ``tflops`` of one device, ``memory_gib`` of
+the rank with the most, ``time_s`` is time spent training (validation, samples and checkpoints left
+out). On CPU the MFU is relative to a measured matrix product.
 """
 
 import json
@@ -13,12 +13,13 @@ import math
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
+from microtron import accelerator
 
 log = logging.getLogger("microtron")
 
@@ -110,7 +111,7 @@ class RunMetrics(MetricsProcessor):
         tps = self.ntokens_since_last_log / max(self.train_s, 1e-9)
         flops = self.num_flops_per_token * tps / ranks
         data = 100 * sum(self.data_loading_times) / max(self.train_s, 1e-9)
-        memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        memory = self._largest(self.device_memory_monitor.get_peak_stats().max_reserved_gib)
         entry = {
             "step": step,
             "loss": loss,
@@ -138,6 +139,15 @@ class RunMetrics(MetricsProcessor):
         self.ntokens_since_last_log, self.train_s, self.steps_since_line = 0, 0.0, 0
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
+
+    @staticmethod
+    def _largest(value: float) -> float:
+        """Of all ranks: the one that runs out of memory first is the one to know of."""
+        if dist.get_world_size() == 1:
+            return value
+        largest = torch.tensor(value, device=accelerator.DEVICE_TYPE)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     def log_validation(  # pyrefly: ignore
         self, step: int, loss: float, tokens: int, byte_count: int, seconds: float

@@ -39,7 +39,7 @@ class Trainer(Stepper):
 
     def __init__(self, job: JobConfig, watchdog: Watchdog | None = None) -> None:
         super().__init__(job)
-        self.watchdog = watchdog
+        self.watchdog = watchdog or Watchdog()
         self.time_s = 0.0  # training alone
         self.stop_signal = 0
         self.saved_step = -1
@@ -68,6 +68,7 @@ class Trainer(Stepper):
             )
             while not reason:
                 self.step += 1
+                self.watchdog.beat(f"step {self.step}", self.step == first)
                 self.gc_handler.run(self.step)
                 with Stopwatch() as watch:
                     self.train_step(batches)
@@ -256,15 +257,23 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
     from microtron.startup import describe, on_signals, open_folder, prepare_data, write_config
 
     job = parse(argv)
-    check_layout(job, world_size)
+    local_batch = job.training.local_batch_size
+    layout = check_layout(job, world_size)
     folder = Path(job.job.dump_folder)
     open_folder(folder)
     setup_logging(folder, rank)
-    threads = pick_threads(world_size) if DEVICE_TYPE == "cpu" else ""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    threads = pick_threads(ranks_here) if DEVICE_TYPE == "cpu" else ""
     log.info(
         f"microtron {job.model.flavor} on {world_size} x {DEVICE_TYPE}"
+        f"{f' ({layout})' if world_size > 1 else ''}"
         f"{', ' + threads if threads else ''}; results in {folder}"
     )
+    if job.training.local_batch_size != local_batch:
+        log.info(
+            f"local_batch_size {local_batch} -> {job.training.local_batch_size}, so that "
+            f"global_batch_size {job.training.global_batch_size} is whole micro-batches"
+        )
     prepare_data(job.data, rank)
     register()
     requested: list[int] = []
@@ -274,6 +283,7 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
         world_size,
         (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        DEVICE_TYPE == "cpu",
         job.comm.init_timeout_seconds,
         job.comm.train_timeout_seconds,
     )

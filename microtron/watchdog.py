@@ -3,7 +3,7 @@
 A collective knows that somebody is missing, not who. So each rank has a daemon thread that notes,
 beside the training, how far the main thread has come and whether it moves, in a key of a TCPStore;
 the two lowest ranks read everybody's notes. The main thread only counts (`beat`): no collective, no
-wait for a device. A rank hangs when its stack has not changed for the time-out of its phase and no
+wait for a device. A rank hangs when its stack has stood still for the time-out of its phase and no
 other rank is further behind; those that wait for it in a collective are further on, or seen to
 wait. Slow work moves the stack, and so is left alone.
 
@@ -33,6 +33,7 @@ _PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out|NCCL (error|comm)|"
     r"recvVector failed|sendBytes failed|remote process exited|failed to recv"
 )
+_CLOSED = re.compile(r"Connection (closed|reset|refused)|Broken pipe|remote process exited")
 _WAITING = ("torch/distributed/", "torch/cuda/")  # a stack that ends here waits for others,
 _WORKING = "torch/distributed/checkpoint/filesystem"  # but not one that ends here
 _REMEDY = "the same command goes on from the newest whole checkpoint"
@@ -45,24 +46,29 @@ class Watchdog:
         rank, world_size: of this process.
         address: host and port of the job's store.
         launched: a launcher keeps the store; else rank 0 does.
+        on_cpu: the model runs here, so that a thread which computes is at work. (With a GPU it may
+            as well spin while it waits.)
         init_s, train_s: time-outs before and after the first step, and of long phases.
     """
 
     def __init__(
         self,
-        rank: int,
-        world_size: int,
-        address: tuple[str, int],
-        launched: bool,
-        init_s: float,
-        train_s: float,
+        rank: int = 0,
+        world_size: int = 1,
+        address: tuple[str, int] = ("127.0.0.1", 0),
+        launched: bool = False,
+        on_cpu: bool = True,
+        init_s: float = 300.0,
+        train_s: float = 100.0,
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self._long_s, self._train_s = 0.9 * max(init_s, train_s), 0.9 * train_s
         self._period_s = min(max(train_s / 20, 0.1), 2.0)
         self._beats, self._phase, self._limit_s = 0, "starting", self._long_s
         self._main = threading.get_ident()
+        self._clock = time.pthread_getcpuclockid(self._main) if on_cpu else None
         self._stack: tuple = ()
+        self._computed_s = 0.0
         self._moved = self._born = time.monotonic()
         self._sequence = 0
         self._seen: dict[int, tuple[list, float]] = {}  # rank -> its note, when that last changed
@@ -86,8 +92,7 @@ class Watchdog:
         self._limit_s = self._long_s if long else self._train_s
         self._phase = phase
 
-    def beating(self, batches: Iterable[T], step: Callable[[], tuple[str, bool]]
-    ) -> Iterator[T]:
+    def beating(self, batches: Iterable[T], step: Callable[[], tuple[str, bool]]) -> Iterator[T]:
         """The same batches, with a beat before and after each; ``step()`` says where we are."""
         iterator = iter(batches)
         while True:
@@ -121,31 +126,30 @@ class Watchdog:
                 self._decide(f"rank {self.rank} tells")
             return
         log.info("a collective failed", exc_info=error)
-        told = self._who_is_missing()
+        told = self._who_is_missing(closed=bool(_CLOSED.search(_story(error))))
         if told is not None:
             self._leave(told)
 
     # --- the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
-        while not self._done.wait(self._period_s if self._store is not None else 0):
+        wait_s = 0.0
+        while not self._done.wait(wait_s):
             try:
                 if self._store is None:
                     self._connect()
+                wait_s = self._period_s
                 self._look_at_myself()
                 self._note()
                 told = self._verdict()
                 if told is None and self.rank < 2:
                     self._read()
-                    told = self._who_hangs() if self._is_observer() else None
-                failures = 0
+                    told = None
             except Exception as error:  # noqa: BLE001 (whatever a broken connection raises)
-                failures += 1
-                log.debug("the watchdog cannot reach the store: %s", error)
-                if failures * self._period_s < 10 or self._done.wait(1.0):
-                    continue
-                told = f"{self._keeper} is gone, and with it the job's store; {_REMEDY}"
+                log.info("the watchdog lost the store: %s", error)
+                told = self._lost_store()  # perhaps because all is done
+                if self._done.wait(10.0):
+                    return
             if told is not None and not self._done.is_set():
                 self._leave(told)
 
@@ -160,14 +164,26 @@ class Watchdog:
             timeout=timedelta(seconds=max(self._long_s, 10)),
         )
 
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[None]:
+        """One thread speaks to the store; a frozen keeper does not answer, and blocks it."""
+        if not self._lock.acquire(timeout=max(4 * self._period_s, 2.0)):
+            raise TimeoutError("the store does not answer")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _look_at_myself(self) -> None:
-        """Notices whether the main thread's stack has changed since the last look."""
+        """Notices whether the main thread has done something since the last look."""
         frame, stack = sys._current_frames().get(self._main), [self._beats]
         while frame is not None:
             stack.append((id(frame.f_code), frame.f_lasti))
             frame = frame.f_back
-        if tuple(stack) != self._stack:
+        computed_s = time.clock_gettime(self._clock) if self._clock is not None else 0.0
+        if tuple(stack) != self._stack or computed_s > self._computed_s + 0.2 * self._period_s:
             self._stack, self._moved = tuple(stack), time.monotonic()
+        self._computed_s = computed_s
 
     def _note(self) -> None:
         """Writes how this rank does: sequence, beats, seconds without motion, limit, ..."""
@@ -177,13 +193,13 @@ class Watchdog:
         if still > 2 * self._period_s:
             waits, where = _place(sys._current_frames().get(self._main))
         note = [self._sequence, self._beats, still, self._limit_s, waits, self._phase, where]
-        with self._lock:
+        with self._hold():
             self._store.set(f"watchdog/{self.rank}", json.dumps(note))
 
     def _read(self) -> None:
         """Takes in everybody's notes."""
         now = time.monotonic()
-        with self._lock:
+        with self._hold():
             keys = {r: f"watchdog/{r}" for r in range(self.world_size)}
             there = [r for r in keys if r in self._seen or self._store.check([keys[r]])]
             values = self._store.multi_get([keys[r] for r in there]) if there else []
@@ -194,14 +210,14 @@ class Watchdog:
 
     def _verdict(self) -> str | None:
         """What another rank has found; "" when that was not for us to print."""
-        with self._lock:
+        with self._hold():
             if self._store is not None and self._store.check(["watchdog/verdict"]):
                 return ""
         return None
 
     def _decide(self, told: str) -> bool:
         """Whether ``told`` became the verdict: only the first does."""
-        with self._lock:
+        with self._hold():
             mine = f"{self.rank}: {told}"
             return self._store.compare_set("watchdog/verdict", "", mine).decode() == mine
 
@@ -213,10 +229,16 @@ class Watchdog:
         silent = time.monotonic() - (note[1] if note else self._born)
         return silent > max(self._long_s if note is None else note[0][3], 6 * self._period_s)
 
-    def _who_hangs(self) -> str | None:
-        """The line for ranks that have not moved for their time-out and keep the others waiting."""
-        ranks = [self._state(r) for r in range(self.world_size)]
-        ranks = [s for s in ranks if s["phase"] != "done"]
+    def _who_hangs(self, at_once: bool = False) -> str | None:
+        """The line for ranks that have not moved for their time-out and keep the others waiting.
+
+        ``at_once``: a collective has timed out already; who was furthest behind?
+        """
+        others = [r for r in range(self.world_size) if not (at_once and r == self.rank)]
+        ranks = [self._state(r) for r in others]
+        ranks = [
+            s | {"limit_s": s["limit_s"] * (not at_once)} for s in ranks if s["phase"] != "done"
+        ]
         behind = min((s["beats"] for s in ranks), default=0)
         last = [s for s in ranks if s["beats"] == behind and s["still_s"] >= s["limit_s"]]
         busy = [s for s in last if not s["waits"]]
@@ -255,10 +277,10 @@ class Watchdog:
             "mute": mute,
         }
 
-    def _who_is_missing(self) -> str | None:
+    def _who_is_missing(self, closed: bool) -> str | None:
         """The line for ranks that no longer write or hang, asked when a collective has failed.
 
-        "": another rank tells. None: all are there.
+        "": another rank tells. None: nobody can be blamed. ``closed``: not by a time-out.
         """
         before: dict[int, int] = {}
         end = time.monotonic() + max(4 * self._period_s, 1.5)
@@ -272,16 +294,20 @@ class Watchdog:
                 before = before or {r: note[0] for r, (note, _) in self._seen.items()}
                 time.sleep(self._period_s / 2)
         except Exception:  # noqa: BLE001 (whatever a broken connection raises)
-            return f"{self._keeper} is gone, and with it the job's store; {_REMEDY}"
+            return self._lost_store()
         states = [self._state(r) for r in range(self.world_size) if r != self.rank]
         gone = [
             s for s in states if s["phase"] != "done" and before.get(s["rank"], 0) == s["number"]
         ]
         if not gone:
-            return None
-        verb = "is" if len(gone) == 1 else "are"
-        phase = gone[0]["phase"]
-        return f"{_names([s['rank'] for s in gone])} {verb} gone (last seen: {phase}); {_REMEDY}"
+            return self._who_hangs(at_once=True)
+        verb = ("is gone", "are gone") if closed else ("does not answer", "do not answer")
+        names, phase = _names([s["rank"] for s in gone]), gone[0]["phase"]
+        return f"{names} {verb[len(gone) > 1]} (last seen: {phase}); {_REMEDY}"
+
+    def _lost_store(self) -> str:
+        self._store = None
+        return f"{self._keeper}, which keeps the job's store, is gone or does not answer; {_REMEDY}"
 
     def _leave(self, told: str) -> None:
         """Ends this process; the first rank to come here prints."""
@@ -322,9 +348,15 @@ def _place(frame: FrameType | None) -> tuple[bool, str]:
 def _blames_a_peer(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a broken or silent connection."""
     while error is not None:
-        if isinstance(error, (RuntimeError, ConnectionError, TimeoutError)) and _PEER.search(
-            str(error)
-        ):
+        if isinstance(error, RuntimeError) and _PEER.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _story(error: BaseException | None) -> str:
+    told = ""
+    while error is not None:
+        told += f"{error}\n"
+        error = error.__cause__ or error.__context__
+    return told

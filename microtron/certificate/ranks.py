@@ -1,9 +1,8 @@
 """What a rank of the certificate does: the real Trainer, three steps, every number compared."""
 
-import contextlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from microtron.certificate.layouts import Case
+from microtron.certificate.verdict import compare, worst_of
 from microtron.model.init import plain_name
 from microtron.parallel.layout import check_layout
 from microtron.parse import parse
@@ -28,9 +28,7 @@ class Witness(Trainer):
         self.record: list[dict[str, object]] = []
 
     def _clip(self, loss: torch.Tensor, microbatch: tuple) -> float:
-        grads = {
-            name: _whole(p.grad) for name, p in self._named() if p.grad is not None
-        }
+        grads = {name: _whole(p.grad) for name, p in self._named() if p.grad is not None}
         norm = super()._clip(loss, microbatch)
         self.record.append({"loss": self.sum_of_loss(loss), "norm": norm, "grads": grads})
         return norm
@@ -102,73 +100,29 @@ def _disturb(trainer: Trainer) -> None:
         parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    if actual.shape != expected.shape:
-        return float("inf")
-    actual, expected = actual.double(), expected.double()
-    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
-
-
-def compare(ours: dict[str, object], truth: dict[str, object]) -> dict[str, object]:
-    """Largest relative errors of loss, norm, gradients and weights, and the worst names."""
-    errors: dict[str, object] = {"loss": 0.0, "norm": 0.0, "grads": 0.0, "weights": 0.0}
-    names: dict[str, str] = {}
-
-    def take(kind: str, value: float, name: str) -> None:
-        if value >= errors[kind]:
-            errors[kind], names[kind] = value, name
-
-    for step, (mine, right) in enumerate(zip(ours["steps"], truth["steps"], strict=True), 1):
-        for kind in ("loss", "norm"):
-            value = abs(mine[kind] - right[kind]) / abs(right[kind])
-            take(kind, value if value == value else float("inf"), f"step {step}")
-        for name, grad in mine["grads"].items():
-            take("grads", distance(grad, right["grads"][name]), f"{name} at step {step}")
-    for name, weight in ours["weights"].items():
-        take("weights", distance(weight, truth["weights"][name]), name)
-    seen = sorted(ours["weights"])
-    return {**errors, "worst": names, "parameters": seen}
-
-
 def together(mine: dict[str, object]) -> dict[str, object]:
-    """The worst of all ranks, and all the parameters that were compared by any of them."""
-    all_of: list[dict] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of, mine)
-    result: dict[str, object] = {"worst": {}}
-    for kind in ("loss", "norm", "grads", "weights"):
-        worst = max(all_of, key=lambda r: r[kind])
-        result[kind], result["worst"][kind] = worst[kind], worst["worst"].get(kind, "")
-    result["parameters"] = sorted({name for r in all_of for name in r["parameters"]})
-    return result
-
-
-def quiet() -> None:
-    """Libraries speak of groups being built; the table is what is read here."""
-    logging.getLogger().setLevel(logging.ERROR)
-    for name in ("microtron", "torchtitan"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.captureWarnings(True)
+    """`worst_of` all ranks, on each of them."""
+    results: list[dict[str, object]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(results, mine)
+    return worst_of(results)
 
 
 def run_cases(
     cases: list[Case],
     folder: Path,
     report: Callable[[Case, dict[str, object]], None],
-    sabotage: Callable[[], contextlib.AbstractContextManager] | None = None,
+    sabotage: Mapping[str, Callable[[], AbstractContextManager[object]]],
 ) -> None:
     """All cases of one number of ranks, one after the other in the same processes.
 
     Args:
-        folder: holds ``<run>/seed`` and ``<run>/truth.pt`` of each run (see `truth_folder`).
+        folder: holds the seed checkpoint and the results of each run (see `make_truths`).
         report: called on rank 0 with each result.
-        sabotage: a context to build and run in: tests break a plan to see it caught.
+        sabotage: case -> a context to build and run it in.
     """
-    quiet()
     for case in cases:
         truth = truth_folder(case, folder)
-        with sabotage() if sabotage is not None else contextlib.nullcontext():
+        with sabotage.get(case.name, nullcontext)():
             ours = three_steps(case, folder / "runs" / case.name, truth / "checkpoint" / "step-0")
         right = torch.load(truth / "truth.pt", weights_only=True)
         result = together(compare(ours, right))
@@ -183,10 +137,9 @@ def truth_folder(case: Case, folder: Path) -> Path:
     return folder / "truth" / ("_".join(words) or "moe")
 
 
-def make_truth(case: Case, folder: Path) -> None:
-    """Runs the single process and keeps what it made."""
-    quiet()
-    target = truth_folder(case, folder)
-    single = Case(case.name, 1, 8, (), case.run)
-    result = three_steps(single, target, None)
-    torch.save({k: result[k] for k in ("steps", "weights")}, target / "truth.pt")
+def make_truths(cases: list[Case], folder: Path) -> None:
+    """Runs the single process of each run that is not in the folder yet, and keeps what it made."""
+    for target, case in {truth_folder(c, folder): c for c in cases}.items():
+        if not (target / "truth.pt").exists():
+            result = three_steps(Case(case.name, 1, 8, (), case.run), target, None)
+            torch.save({k: result[k] for k in ("steps", "weights")}, target / "truth.pt")

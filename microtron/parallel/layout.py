@@ -78,7 +78,7 @@ def layout_of(job: JobConfig, world_size: int) -> Layout:
 
 
 def check_layout(job: JobConfig, world_size: int) -> Layout:
-    """The layout of a run that can work.
+    """The layout of a run that can work; sets training.local_batch_size to `local_batch`.
 
     Raises:
         UserError: it cannot; with the numbers, and the nearest layouts that do work.
@@ -86,10 +86,24 @@ def check_layout(job: JobConfig, world_size: int) -> Layout:
     args, layout = resolved_args(job), _named(job, world_size)
     told = _mismatch(layout, job, world_size) or problem(layout, args, job)
     if told is None:
+        job.training.local_batch_size = local_batch(layout, job)
         return layout
     near = [f"{_flags(found, job)} ({found})" for found in nearest(layout, args, job, world_size)]
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     raise UserError(told + (f"; nearest that work on {ranks}: {'; '.join(near)}" if near else ""))
+
+
+def local_batch(layout: Layout, job: JobConfig) -> int:
+    """Sequences a rank takes at once: training.local_batch_size, or the most below it that cut the
+    global batch into whole micro-batches. So one TOML is the same run on any mesh.
+    """
+    most, whole = job.training.local_batch_size, job.training.global_batch_size
+    if whole < 1 or whole % layout.batch:
+        return most
+    size = job.parallelism.pipeline_parallel_microbatch_size if layout.pp > 1 else 1
+    share = whole // layout.batch
+    fitting = [n for n in range(1, most + 1) if share % n == 0 and n % max(1, size) == 0]
+    return max(fitting, default=most)
 
 
 def problem(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
@@ -335,7 +349,7 @@ def _pipeline(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
             f"{told} with {schedule} splits the backward, which compile.enable = true forbids: "
             "choose another pipeline_parallel_schedule, or compile.enable = false"
         )
-    batch, size = job.training.local_batch_size, p.pipeline_parallel_microbatch_size
+    batch, size = local_batch(layout, job), p.pipeline_parallel_microbatch_size
     sizes = f"parallelism.pipeline_parallel_microbatch_size = {size}"
     if size < 1:
         return f"{sizes} cannot work: give a number of sequences, 1 or more"
@@ -362,12 +376,12 @@ def _data(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
             "training.enable_cpu_offload = true is FSDP's work, but data_parallel_shard_degree x "
             "context_parallel_degree = 1 x 1: leave it out, or shard over 2 ranks or more"
         )
-    local, whole = job.training.local_batch_size, job.training.global_batch_size
-    step = local * layout.batch
-    if whole > 0 and whole % step:
+    whole, ranks = job.training.global_batch_size, layout.batch
+    if whole > 0 and whole % (local_batch(layout, job) * ranks):
+        near = max(1, whole // ranks) * ranks
         return (
-            f"training.global_batch_size = {whole} is not a multiple of local_batch_size x data "
-            f"ranks = {local} x {layout.batch}: use {max(1, whole // step) * step}"
+            f"training.global_batch_size = {whole} is not a multiple of the data ranks = {ranks}: "
+            f"use {near}"
         )
     return None
 

@@ -42,9 +42,17 @@ def mode_of(plan: Plan, position: int) -> str:
     return {"memory_budget": "none"}.get(plan.checkpointing, plan.checkpointing)
 
 
-def boundary_bytes(plan: Plan, stage: Stage) -> int:
-    """What a pipeline stage keeps of a microbatch besides: its input and its output."""
-    return _hidden(plan) * ((not stage.first) + (not stage.last))
+def boundary_bytes(plan: Plan, stage: Stage, in_flight: int) -> int:
+    """What a pipeline stage has besides: buffers for what each microbatch of a step receives, and
+    what it sends. A buffer in use is the first block's input, counted there. Schedules of one
+    stage a rank give up what was sent with its microbatch, the others at the end of the step.
+    """
+    if plan.layout.pp == 1:
+        return 0
+    m, looped = plan.pipelined, len(plan.stages) > plan.layout.pp
+    before = (m - in_flight) * (2 if looped else 1)  # received; gradients sent
+    after = m + (m if looped else in_flight)  # gradients to come; outputs
+    return _hidden(plan) * (before * (not stage.first) + after * (not stage.last))
 
 
 def end_bytes(plan: Plan) -> int:
@@ -209,16 +217,19 @@ def selective_bytes(plan: Plan, layer: int) -> int:
 
 
 def compiled_bytes(plan: Plan, layer: int) -> int:
-    """One compiled block: both residuals and 1/rms, what attention keeps, what goes into and comes
-    out of the feed-forward's products.
+    """One compiled block: its input, the output of `wo`, each norm's 1/rms and output, what
+    attention keeps, what goes into and comes out of the feed-forward's products.
     """
-    args, n, e = plan.args, plan.tokens, plan.width
-    total = 2 * (_hidden(plan) + FP32 * plan.own_tokens) + _core_bytes(plan, layer)
-    if plan.layout.tp > 1:
-        total += e * n * args.dim  # gathered again it would have to be sent again
+    args, e = plan.args, plan.width
+    own, gathered = plan.own_tokens * args.dim, plan.tokens * args.dim
+    total = _hidden(plan) + e * own + e * gathered + 2 * FP32 * plan.own_tokens
+    total += _core_bytes(plan, layer)
     if not args.moe:
-        return total + e * n * (3 * args.hidden_dim // plan.layout.tp + args.dim)
+        return total + e * (gathered + 3 * plan.tokens * args.hidden_dim // plan.layout.tp)
     tokens, rows = expert_rows(plan)
+    total += FP32 * own  # the router's input
     total += plan.own_tokens * (FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
-    total += e * rows * (args.dim + 3 * args.expert_dim // plan.expert_split)
-    return total + e * tokens * args.top_k * args.dim + 2 * INT64 * rows
+    # gate and up, and the product; with expert parallel the experts are not in the graph
+    widths = 3 if plan.layout.ep == 1 else _SWIGLU
+    total += e * rows * (args.dim + widths * args.expert_dim // plan.expert_split)
+    return total + e * tokens * args.top_k * args.dim + 3 * INT64 * rows

@@ -155,7 +155,6 @@ def _tensor(plan: Plan, rank: int) -> Items:
         layers = sum(len(s.layers) for s in stages)
         for group in ("loss", "tp"):
             yield "counts", group, INT64 * args.num_experts * layers
-        yield "counts", "pp", INT64 * args.num_experts * args.n_layers
 
 
 def _whole(plan: Plan, stage: Stage, rank: int) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""A rehearsal without ranks: the run's own code spreads a weightless model over a pretended cluster.
+"""A rehearsal without ranks: the run's code spreads a weightless model over a pretended cluster.
 
 torch's "fake" backend answers every collective at once, so one process can be any rank of any
 number. The real ParallelDims, `parallelize` and pipeline cuts run on the meta device; what each
@@ -9,8 +9,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.config import resolved_args
 from microtron.errors import UserError
 from microtron.model.init import plain_name

@@ -13,9 +13,9 @@ import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from microtron import accelerator  # noqa: F401  (before torchtitan)
+from microtron.accelerator import DEVICE_TYPE
 
+import tyro
 from torchtitan.config import JobConfig
 
 from microtron.errors import UserError
@@ -85,7 +85,7 @@ def load(toml: Path, options: list[str], cpu: bool) -> JobConfig:
     if precision == "auto" and "training.mixed_precision_param" not in named:
         forced.append(f"training.mixed_precision_param={'float32' if cpu else 'bfloat16'}")
     backend = given.get("model", {}).get("args", {}).get("attn_backend", "auto")
-    if backend == "flex" and not cpu:  # which a machine without CUDA would refuse; auto means it
+    if backend == "flex" and not cpu and DEVICE_TYPE != "cuda":  # refused here; auto means it
         forced.append("model.args.attn_backend=auto")
     return parse([f"--job.config_file={toml}", *(f"--{o}" for o in [*forced, *options])])
 

@@ -41,7 +41,8 @@ def floor_of(plan: Plan, rank: int, device: Device) -> Floor:
     step = 7 * FP32 * sum(local_parameters(plan, rank).values())
     forwards = plan.passes * plan.pipelined
     step += forwards * 3 * plan.width * gathered_numel(plan, rank)
-    intra, inter = (sum(s) for s in zip((0.0, 0.0), *(_seconds(t, device) for t in traffic_of(plan, rank)), strict=True))
+    links = [_seconds(t, device) for t in traffic_of(plan, rank)]
+    intra, inter = (sum(link[i] for link in links) for i in (0, 1))
     return Floor(compute, step / device.memory_bytes_s, intra, inter)
 
 

@@ -68,11 +68,12 @@ class Watch(TorchDispatchMode):
         share = 1.0 if kind == "send" else times * (len(ranks) - 1) / len(ranks)
         self.sent[kind, ranks] += size * share
 
-    def kept_bytes(self, parts: list[nn.Module]) -> int:
+    def kept_bytes(self, parts: list[nn.Module], optimizer: object = None) -> int:
         """Bytes alive that operations made, but for parameters, their gradients, FSDP2's gathered
-        copies of both, and buffers.
+        copies of both, buffers and the optimizer's state.
         """
         known = {s._cdata for part in parts for s in _standing(part)}
+        known |= {state.untyped_storage()._cdata for state in map(_local, _states(optimizer))}
         alive = (ref() for key, ref in self.storages.items() if key not in known)
         return sum(s.nbytes() for s in alive if s is not None)
 
@@ -82,9 +83,11 @@ def _group(argument: object) -> dist.ProcessGroup | None:
     try:
         if isinstance(argument, str):
             return dist.distributed_c10d._resolve_process_group(argument)
-        return dist.ProcessGroup.unbox(argument) if isinstance(argument, torch.ScriptObject) else None
+        if isinstance(argument, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(argument)
     except (KeyError, LookupError, RuntimeError, ValueError):
-        return None  # a reduction, by name or by object
+        pass  # a reduction, by name or by object
+    return None
 
 
 def _standing(part: nn.Module) -> list[torch.UntypedStorage]:
@@ -93,33 +96,39 @@ def _standing(part: nn.Module) -> list[torch.UntypedStorage]:
     tensors += [p.grad for p in part.parameters() if p.grad is not None]
     for module in part.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for p in group.fsdp_params:
-                    tensors += [
-                        *p.all_gather_outputs,
-                        *(getattr(p, n, None) for n in ("_unsharded_param",)),
-                        p.unsharded_accumulated_grad,
-                    ]
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None)
-    return [t.untyped_storage() for t in local]
+            for p in _sharded(module):
+                whole = getattr(p, "_unsharded_param", None)
+                tensors += [*p.all_gather_outputs, whole, p.unsharded_accumulated_grad]
+    return [_local(t).untyped_storage() for t in tensors if t is not None]
+
+
+def _sharded(module: FSDPModule) -> list:
+    """FSDP2's own view of a module's parameters."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return [p for group in groups if group is not None for p in group.fsdp_params]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _states(optimizer: object) -> list[torch.Tensor]:
+    """The tensors of an optimizer, or of TorchTitan's container of several."""
+    every = getattr(optimizer, "optimizers", [] if optimizer is None else [optimizer])
+    states = (state for one in every for state in one.state.values())
+    return [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
 
 
 def standing_bytes(parameters: list[nn.Parameter], optimizer: object) -> dict[str, int]:
     """Bytes of this rank's parameters, gradients and optimizer state."""
 
     def size(tensors: list[torch.Tensor]) -> int:
-        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        return sum(t.numel() * t.element_size() for t in local)
+        return sum(t.numel() * t.element_size() for t in map(_local, tensors))
 
-    states = [
-        value
-        for one in getattr(optimizer, "optimizers", [optimizer])
-        for state in one.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    ]
     return {
         "parameters": size(parameters),
         "gradients": size([p.grad for p in parameters if p.grad is not None]),
-        "optimizer": size(states),
+        "optimizer": size(_states(optimizer)),
     }

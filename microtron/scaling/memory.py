@@ -60,9 +60,7 @@ def block_weights(args: ModelArgs, layer: int) -> Iterator[Weight]:
         yield Weight(f"{at}experts.down_bias", (experts, dim), None, True)
 
 
-def _linear(
-    name: str, out: int, inward: int, bias: bool, split: int | None
-) -> Iterator[Weight]:
+def _linear(name: str, out: int, inward: int, bias: bool, split: int | None) -> Iterator[Weight]:
     yield Weight(f"{name}.weight", (out, inward), split)
     if bias:
         yield Weight(f"{name}.bias", (out,), 0 if split == 0 else None)
@@ -162,6 +160,7 @@ class Memory:
     parameters: int
     optimizer: int
     gradients: int
+    summed_gradients: int
     gathered_weights: int
     gathered_gradients: int
     activations: int
@@ -177,23 +176,20 @@ class Memory:
     def peak(self) -> int:
         """The most at once."""
         backward = self.recomputed + self.gathered_gradients
-        return self.static + self.gathered_weights + self.activations + max(self.loss, backward)
+        held = self.summed_gradients + self.gathered_weights + self.activations
+        return self.static + held + max(self.loss, backward)
 
 
 def memory_of(plan: Plan, rank: int) -> Memory:
     """What a rank needs."""
-    place, args = plan.place(rank), plan.args
+    place = plan.place(rank)
     stages = plan.stages_of(place.pp)
     count = sum(local_parameters(plan, rank).values())
     groups = _group_sizes(plan, place)
     in_flight = dict(zip((s.index for s in stages), in_flight_of(plan, place.pp), strict=True))
     activations = sum(
-        in_flight[s.index]
-        * (
-            kept_bytes(plan, s)
-            + (end_bytes(plan) if s.last else 0)
-            + (boundary_bytes(plan, s) if plan.layout.pp > 1 else 0)
-        )
+        in_flight[s.index] * (kept_bytes(plan, s) + (end_bytes(plan) if s.last else 0))
+        + boundary_bytes(plan, s, in_flight[s.index])
         for s in stages
     )
     layers = [layer for s in stages for layer in s.layers]
@@ -203,7 +199,8 @@ def memory_of(plan: Plan, rank: int) -> Memory:
         parameters=FP32 * count,
         optimizer=2 * FP32 * count,
         gradients=FP32 * count,
-        gathered_weights=_gathered_weights(plan, groups, groups[-1] if stages[-1].last else 0),
+        summed_gradients=FP32 * sum(groups) if plan.wrapped and plan.layout.pp > 1 else 0,
+        gathered_weights=_gathered_weights(plan, groups, stages[0].first, stages[-1].last),
         gathered_gradients=_gathered_gradients(plan, groups),
         activations=activations,
         recomputed=again if plan.checkpointing != "none" else 0,
@@ -211,27 +208,24 @@ def memory_of(plan: Plan, rank: int) -> Memory:
     )
 
 
-def _gathered_weights(plan: Plan, groups: list[int], last: int) -> int:
+def _gathered_weights(plan: Plan, groups: list[int], first: bool, last: bool) -> int:
     """Compute-dtype copies held at once. FSDP2 gathers a block while the one before computes, and
     by default keeps the last group until backward (parallel/dp.py). ``replicate`` keeps all. Where
-    nothing is wrapped, autocast keeps a bf16 copy of each matrix until backward is through.
+    nothing is wrapped, autocast copies the blocks' matrices and keeps them until backward.
     """
+    if plan.autocast:
+        return plan.width * sum(groups[first : len(groups) - last])
     if plan.fsdp == 1:
         return plan.width * sum(groups) if plan.width < FP32 else 0
     if plan.reshard == "never" or (plan.layout.pp > 1 and plan.reshard == "default"):
         return plan.width * sum(groups)
-    kept = last if plan.reshard == "default" else 0
+    kept = groups[-1] if last and plan.reshard == "default" else 0
     return plan.width * (kept + sum(sorted(groups)[-2:]))
 
 
 def _gathered_gradients(plan: Plan, groups: list[int]) -> int:
-    """A block's gradients in compute dtype and, where they are reduced, as one fp32 buffer. In a
-    pipeline, whole gradients add up in fp32 over the microbatches.
-    """
-    if not plan.wrapped:
-        return 0
-    summed = FP32 * sum(groups) if plan.layout.pp > 1 else 0
-    return summed + (plan.width + FP32) * max(groups)
+    """A block's gradients in compute dtype and, where they are reduced, as one fp32 buffer."""
+    return (plan.width + FP32) * max(groups) if plan.wrapped else 0
 
 
 def loss_bytes(plan: Plan) -> int:

@@ -7,7 +7,7 @@ here needs a device or another process.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
+from microtron.accelerator import DEVICE_TYPE
 
 from torchtitan.config import JobConfig
 
@@ -15,7 +15,7 @@ from microtron.config import resolved_args
 from microtron.model.args import ModelArgs
 from microtron.parallel.layout import Layout, check_layout
 from microtron.parallel.pp import stages_of
-from microtron.parallel.stages import stage_count, split
+from microtron.parallel.stages import split, stage_count
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Plan:
         yield from range(0, self.layout.world, self.layout.world // self.layout.pp)
 
 
-def plan_of(job: JobConfig, world_size: int, kind: str) -> Plan:
-    """The plan of a checked job on so many ranks.
+def plan_of(job: JobConfig, world_size: int, kind: str = DEVICE_TYPE) -> Plan:
+    """The plan of a checked job on so many ranks; ``kind`` as in `Plan`.
 
     Raises:
         UserError: the layout cannot run (see `check_layout`).

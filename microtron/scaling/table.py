@@ -9,6 +9,7 @@ MEMORY = {
     "parameters": "fp32, this rank's part",
     "optimizer": "two fp32 states",
     "gradients": "fp32, this rank's part",
+    "summed_gradients": "whole, of the microbatches so far",
     "gathered_weights": "whole for the blocks in use",
     "activations": "kept for backward",
     "recomputed": "of one block, in backward",

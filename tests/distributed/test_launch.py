@@ -15,6 +15,7 @@ import psutil
 import pytest
 from runs import SMALL, assert_one_line, assert_same_contents, run
 
+from microtron.checkpoints import choose_step
 from microtron.launch import log_folder
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +138,106 @@ def test_where_the_logs_go(tmp_path):
     assert log_folder([config, "--job.dump_folder=here"]) == Path("here/log")
     assert log_folder([config, "--job.dump-folder", "here"]) == Path("here/log")
     assert log_folder(["--job.config_file=none.toml"]) == Path("outputs/run/log")
+
+
+ARGS = [
+    *SMALL,
+    "--training.steps=60",
+    "--metrics.log_freq=20",
+    "--checkpoint.interval=10",
+    "--checkpoint.keep_latest_k=0",
+]
+
+
+@pytest.fixture(scope="module")
+def args(tiny_corpus):
+    return [*ARGS, f"--data.dirs={tiny_corpus}"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, args):
+    """Two ranks that nothing happened to."""
+    return run(args, tmp_path_factory.mktemp("straight"), world_size=2)
+
+
+class Launched:
+    """run_train.sh under way, its console in files."""
+
+    def __init__(self, installed, args, folder, name="node0", **given):
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        self.dump = folder / "dump"
+        env = environment(**installed(f'exec {sys.executable} "$@"'), **given)
+        with self.out.open("w") as out, self.err.open("w") as err:
+            (folder / "plain.toml").touch()  # the defaults, in place of debug.toml
+            command = [ROOT / "run_train.sh", folder / "plain.toml", *args]
+            command += [f"--job.dump_folder={self.dump}"]
+            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err)
+
+    def rank(self, number):
+        """The process of a rank that this launcher has started."""
+        for child in psutil.Process(self.process.pid).children():
+            if child.environ().get("RANK") == str(number):
+                return child
+        raise AssertionError(f"rank {number} is not there")
+
+    def wait_for_step(self, step):
+        end = time.monotonic() + 90
+        while not (self.dump / "checkpoint" / f"step-{step}" / ".metadata").exists():
+            assert time.monotonic() < end and self.process.poll() is None, self.told
+            time.sleep(0.005)
+
+    @property
+    def told(self):
+        return self.out.read_text() + self.err.read_text()
+
+    def wait(self):
+        try:
+            return self.process.wait(90)
+        finally:
+            self.process.kill()
+
+
+def test_killed_then_stopped_then_finished(installed, tmp_path, args, straight):
+    """One line and a whole checkpoint after SIGKILL; SIGTERM saves; the end is the same bits."""
+    killed = Launched(installed, args, tmp_path, NGPU="2")
+    killed.wait_for_step(10)
+    killed.rank(1).kill()
+    began = time.monotonic()
+    assert killed.wait() == 1 and time.monotonic() - began < 10
+    log = killed.dump / "log" / "rank1.log"
+    assert killed.err.read_text() == f"error: rank 1 was killed (SIGKILL); its log is {log}\n"
+    assert log.exists()
+    first = choose_step(killed.dump / "checkpoint")
+    assert first % 10 == 0 and 10 <= first < 60
+
+    stopped = Launched(installed, args, tmp_path, NGPU="2")
+    stopped.wait_for_step(first + 10)
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 128 + signal.SIGTERM and not stopped.err.read_text()
+    step = choose_step(killed.dump / "checkpoint")
+    assert f"stopped by SIGTERM: step {step}," in stopped.out.read_text() and step < 60
+
+    finished = run(args, tmp_path, world_size=2)
+    assert f"step-{step} (" in finished.out
+    assert_same_contents(finished.step(60), straight.step(60))
+
+
+def test_two_nodes_and_a_restart(installed, tmp_path, args, straight):
+    """Two launchers on one machine; a rank of the second is killed; both begin again together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"NGPU": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given["MAX_RESTARTS"] = "1"
+    nodes = [
+        Launched(installed, args, tmp_path, f"node{n}", NODE_RANK=str(n), **given) for n in (0, 1)
+    ]
+    nodes[0].wait_for_step(10)
+    nodes[1].rank(1).kill()
+    assert [node.wait() for node in nodes] == [0, 0], nodes[0].told
+    log = nodes[0].dump / "log" / "rank1.log"
+    line = f"rank 1 was killed (SIGKILL); its log is {log}; restart 1 of 1\n"
+    assert nodes[1].err.read_text() == line and not nodes[1].out.read_text()
+    assert nodes[0].err.read_text() == f"node 1 ended the job: {line}"
+    assert "resumed from" in nodes[0].out.read_text()
+    assert_same_contents(nodes[0].dump / "checkpoint" / "step-60", straight.step(60))

@@ -63,7 +63,6 @@ ARGUMENTS = {
     "--data.no-mock": ["data.dirs = []", "`microtron prepare`", "data.mock = true"],
     "--training.seq_len=0": ["training.seq_len = 0", "give a positive number"],
     "--training.steps=0": ["training.steps = 0", "give a positive number"],
-    "--training.global_batch_size=13": ["global_batch_size = 13", "8 x 1: use 8"],
     "--training.global_batch_size=0": ["global_batch_size = 0", "-1 for one micro-batch"],
     "--optimizer.lr=-1": ["optimizer.lr = -1.0", "above 0"],
     "--optimizer.lr=inf": ["optimizer.lr = inf", "give a finite number"],

@@ -256,10 +256,10 @@ def test_initial_weights_that_are_not_there(tmp_path, finished):
 
 def test_two_ranks_are_refused_as_one(tmp_path):
     refused_run = refused(
-        [MOCK, "--training.global_batch_size=12"],
+        [MOCK, "--training.global_batch_size=13"],
         tmp_path,
-        "global_batch_size = 12",
-        "4 x 2: use 8",
+        "global_batch_size = 13",
+        "ranks = 2: use 12",
         world_size=2,
     )
     assert [rank.exitcode for rank in refused_run.ranks] == [1, 1]

@@ -42,7 +42,7 @@ LAYOUTS = {
         f"{P}data_parallel_shard_degree=3",
         ["data_parallel_shard_degree = 3 makes 3", f"{P}data_parallel_shard_degree=4 (dp_shard 4)"],
     ),
-    "batch": (4, "--training.global_batch_size=40", ["= 40", "8 x 4: use 32"]),
+    "batch": (4, "--training.global_batch_size=42", ["= 42", "ranks = 4: use 40"]),
 }
 # Options of TorchTitan that mean nothing here, why.
 LEFT_OUT = {

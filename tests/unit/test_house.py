@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "optim": ("accelerator", "errors", "model", "optim"),
     "parallel": ("accelerator", "errors", "model", "parallel"),
     "parallel.layout": ("accelerator", "config", "errors", "model", "parallel"),
+    "scaling": ("accelerator", "config", "errors", "model", "parallel", "parse", "scaling"),
     "batch": ("model",),
     "loss": (),
     "sample": (),
@@ -46,6 +47,9 @@ MAY_IMPORT = {
     "diagnose": ("errors", "model"),
     "metrics": ("accelerator",),
     "startup": ("errors", "model"),
+    "watchdog": (),
+    "agent": ("errors", "watchdog"),
+    "launch": ("agent", "errors"),
     "validate": ("accelerator", "batch", "config", "data", "metrics", "model", "parallel"),
     "spec": (
         "accelerator",
@@ -74,6 +78,7 @@ MAY_IMPORT = {
         "sample",
         "spec",
         "startup",
+        "watchdog",
     ),
 }
 # Who may know that there is more than one process (torch.distributed, DTensors, meshes).
@@ -86,6 +91,11 @@ DISTRIBUTED = {
     "diagnose",
     "profiling",
     "checkpoints",
+    "scaling.dryrun",
+    "scaling.measure",
+    "watchdog",
+    "agent",
+    "launch",
 }
 # Who may import TorchTitan; nobody else needs it to be read, or run.
 TITAN = {
@@ -99,8 +109,9 @@ TITAN = {
     "validate",
     "spec",
     "train",
+    "scaling",
 }
-ENVIRONMENT = {"accelerator", "train"}
+ENVIRONMENT = {"accelerator", "launch", "train"}
 OPTIONAL = {"datasets", "pyarrow", "tiktoken", "tokenizers", "matplotlib", "wandb", "transformers"}
 # What a module may call while it is imported: names for things, no work.
 CALLS_AT_IMPORT = {
@@ -114,6 +125,7 @@ CALLS_AT_IMPORT = {
     "hashlib.sha256",
     "hashlib.sha256(b'microtron byte 1').hexdigest",
     "'|'.join",
+    "Device",  # scaling/devices.py: rows of its table
     "Rule",  # optim/groups.py: rows of its table
     "_optional_fields",  # config.py: [model.args] from ModelArgs
     "torch.library.custom_op",

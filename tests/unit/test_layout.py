@@ -180,12 +180,12 @@ REFUSED = {
     "global batch": (
         8,
         "--training.global_batch_size=100",
-        ["global_batch_size = 100 is not a multiple", "8 x 8: use 64"],
+        ["global_batch_size = 100 is not a multiple", "ranks = 8: use 96"],
     ),
     "global batch, replicas": (
         4,
-        "rep=2 tp=2 --training.global_batch_size=40",
-        ["global_batch_size = 40", "ranks = 8 x 2: use 32"],
+        "rep=2 tp=2 --training.global_batch_size=41",
+        ["global_batch_size = 41", "ranks = 2: use 40"],
     ),
 }
 
@@ -229,8 +229,8 @@ def test_at_most_three_suggestions_nearest_first():
 
 def test_no_suggestion_where_nothing_works():
     with pytest.raises(UserError) as refused:
-        check_layout(job_of("--training.global_batch_size=13"), 1)
-    assert str(refused.value).endswith("8 x 1: use 8")
+        check_layout(job_of("--training.enable_cpu_offload"), 1)
+    assert str(refused.value).endswith("or shard over 2 ranks or more")
 
 
 @pytest.mark.parametrize("tp, ep, etp", [(8, 1, 1), (8, 2, 8), (8, 2, 1)])
@@ -344,8 +344,7 @@ def can_run(layout, args, job):
     else:
         whole += [args.hidden_dim / n.tp, 1 / n.ep]
     if job.training.global_batch_size > 0:
-        local = job.training.local_batch_size
-        whole += [job.training.global_batch_size / (local * n.dp_replicate * n.dp_shard)]
+        whole += [job.training.global_batch_size / (n.dp_replicate * n.dp_shard)]
     pipe = n.pp == 1 or n.pp <= args.n_layers and n.pp <= 8 and not args.tie_embeddings
     return pipe and n.etp in ((1,) if n.ep == 1 else (1, n.tp)) and all(x % 1 == 0 for x in whole)
 

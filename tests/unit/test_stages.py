@@ -92,6 +92,12 @@ def test_the_embedding_decides_between_equals():
     assert lengths(args, 3, seq_len=64) == [3, 4, 2]
 
 
+def test_the_head_decides_between_equals():
+    """One dear layer sets the pace; the head's table is as large as two of the cheap layers."""
+    args = tiny_args(n_layers=9, window=1, window_pattern="LSSSSSSSS", vocab_size=1000)
+    assert lengths(args, 3, seq_len=8192) == [1, 5, 3]
+
+
 @pytest.mark.parametrize("name", FLAVORS)
 def test_flavors_are_cut_as_evenly_as_layers_allow(name):
     args = flavor(name)
