@@ -56,6 +56,7 @@ if [[ -n ${RANK:-} && -n ${WORLD_SIZE:-} ]]; then # a process of a platform: thi
   [[ ${NGPU} =~ ^[1-9][0-9]*$ ]] || refuse "NGPU='$NGPU' is not a number of processes: give 1 or more"
   export RANK WORLD_SIZE LOCAL_RANK=${LOCAL_RANK:-$((RANK % NGPU))}
   export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # its stack dumps drown the one line
   exec "$venv/bin/python" -m microtron.train "${arguments[@]}"
 fi
 alone=$NGPU/${NNODES:-1}/${NODE_RANK:-0}/${MAX_RESTARTS:-0}

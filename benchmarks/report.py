@@ -65,6 +65,19 @@ def rows() -> list[tuple[str, str, str]]:
     names = ("byte", "char", "bpe", "gpt2")
     told = ", ".join(f"{n} {speed[n]:,.0f}" for n in names)
     found.append(("tokenizing, MB/s a core", told, "tokenizing.py"))
+    estimate = [row for case in load("estimate")["rows"] for row in case["ranks"]]
+    off = {
+        name: 100 * max(abs(row[name]["ratio"] - 1) for row in estimate)
+        for name in ("parameters_optimizer", "activations")
+    }
+    found.append(
+        (
+            "`microtron estimate` against real ranks",
+            f"{len(load('estimate')['rows'])} layouts: parameters and optimizer within "
+            f"{off['parameters_optimizer']:.2f}%, activations within {off['activations']:.0f}%",
+            "estimate.py",
+        )
+    )
     return found
 
 

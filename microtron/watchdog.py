@@ -144,7 +144,7 @@ class Watchdog:
                 told = self._verdict()
                 if told is None and self.rank < 2:
                     self._read()
-                    told = None
+                    told = self._who_hangs() if self._is_observer() else None
             except Exception as error:  # noqa: BLE001 (whatever a broken connection raises)
                 log.info("the watchdog lost the store: %s", error)
                 told = self._lost_store()  # perhaps because all is done
@@ -240,11 +240,14 @@ class Watchdog:
             s | {"limit_s": s["limit_s"] * (not at_once)} for s in ranks if s["phase"] != "done"
         ]
         behind = min((s["beats"] for s in ranks), default=0)
-        last = [s for s in ranks if s["beats"] == behind and s["still_s"] >= s["limit_s"]]
+        last = [s for s in ranks if s["beats"] == behind]
         busy = [s for s in last if not s["waits"]]
-        if not last or not busy and any(s["still_s"] < s["limit_s"] for s in ranks):
+        if not busy and any(s["still_s"] < s["limit_s"] for s in ranks):
             return None
-        guilty = busy or last
+        if not any(s["still_s"] >= s["limit_s"] for s in busy or last):
+            return None
+        late_s = 4 * self._period_s  # notes are not all of one moment
+        guilty = [s for s in busy or last if s["still_s"] >= s["limit_s"] - late_s]
         first = guilty[0]
         many = len(guilty) > 1
         if first["mute"]:

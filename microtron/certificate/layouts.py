@@ -76,10 +76,9 @@ class Case:
     needs_torch: tuple[int, int] = (2, 11)
 
     @property
-    def argv(self) -> list[str]:
-        """The whole command line."""
-        batch = f"--training.local_batch_size={self.local_batch}"
-        return [*RUN, *self.run, batch, *self.layout]
+    def options(self) -> list[str]:
+        """What is added to `RUN`."""
+        return [*self.run, f"--training.local_batch_size={self.local_batch}", *self.layout]
 
 
 def case(

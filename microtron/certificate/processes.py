@@ -5,6 +5,7 @@ run one layout after the other. When one rank fails, its layout has failed and t
 processes.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -112,7 +113,8 @@ def _group(
             if killed is not None or over:
                 return killed
             if time.monotonic() > last + patience_s:
-                return _failed(f"nothing was heard for {patience_s:g} s", _tail(folder, 0))
+                why = f"nothing was heard for {patience_s:g} s"
+                return _failed(why, _where(processes, folder))
             time.sleep(0.01)
     finally:
         for process in processes:
@@ -128,6 +130,15 @@ def _killed(processes: list[Any], folder: Path) -> Row | None:
             why = f"rank {rank} ended with exit code {process.exitcode}"
             return _failed(why, _tail(folder, rank) or why)
     return None
+
+
+def _where(processes: list[Any], folder: Path) -> str:
+    """Where each rank is."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "\n".join(f"rank {r}:\n{_tail(folder, r)}" for r in range(len(processes)))
 
 
 def _tail(folder: Path, rank: int) -> str:
@@ -151,6 +162,7 @@ def _rank(
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
     os.environ.update(  # what a launcher says
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -159,16 +171,17 @@ def _rank(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    import torch
-
-    torch.set_num_threads(1)
-    from microtron.certificate.ranks import make_truths, run_cases
 
     def report(case: Case, result: dict[str, object]) -> None:
         row = {"layout": case.name, "ranks": case.ranks, "traceback": "", **result}
         results.put({**row, "verdict": verdict(row)})
 
     try:
+        import torch
+
+        torch.set_num_threads(1)
+        from microtron.certificate.ranks import make_truths, run_cases
+
         if job == "truths":
             make_truths(cases, folder)
         else:

@@ -1,16 +1,22 @@
 """What a rank of the certificate does: the real Trainer, three steps, every number compared."""
 
+import copy
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest import mock
 
+import tomli
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from microtron.certificate.layouts import Case
+from microtron import accelerator
+from microtron.certificate.layouts import RUN, Case
 from microtron.certificate.verdict import compare, worst_of
+from microtron.check import check
 from microtron.model.init import plain_name
 from microtron.parallel.layout import check_layout
 from microtron.parse import parse
@@ -24,7 +30,9 @@ class Witness(Trainer):
     """A Trainer that keeps what each step made: loss, gradient norm, every gradient."""
 
     def __init__(self, job: object) -> None:
-        super().__init__(job)
+        # What the metrics would measure at every start.
+        with mock.patch.object(accelerator, "measured_peak_flops", lambda: 1e12):
+            super().__init__(job)
         self.record: list[dict[str, object]] = []
 
     def _clip(self, loss: torch.Tensor, microbatch: tuple) -> float:
@@ -52,6 +60,28 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
+@functools.cache
+def _plain_run() -> object:
+    """Parsed once a process: it takes most of a second."""
+    return parse(list(RUN))
+
+
+def job_of(options: Iterable[str]) -> object:
+    """The run with options added, as ``--section.name=value`` or ``--section.name`` (true)."""
+    job = copy.deepcopy(_plain_run())
+    for option in options:
+        path, _, value = option.removeprefix("--").partition("=")
+        *sections, name = path.split(".")
+        section = functools.reduce(getattr, sections, job)
+        assert hasattr(section, name), option
+        try:
+            setattr(section, name, tomli.loads(f"value = {value or 'true'}")["value"])
+        except tomli.TOMLDecodeError:  # a text
+            setattr(section, name, value)
+    check(job)
+    return job
+
+
 def three_steps(case: Case, folder: Path, seed: Path | None) -> dict[str, object]:
     """Runs a case on the ranks of this process group.
 
@@ -60,12 +90,9 @@ def three_steps(case: Case, folder: Path, seed: Path | None) -> dict[str, object
         tensors, of the parameters that this rank knows (a pipeline stage knows its own).
     """
     start = time.perf_counter()
-    argv = [*case.argv, f"--job.dump_folder={folder}"]
     # Weights alone: asking an optimizer that has not stepped for its state makes it take a step.
-    argv.append(
-        f"--checkpoint.initial_load_path={seed}" if seed else "--checkpoint.last_save_model_only"
-    )
-    job = parse(argv)
+    load = f"initial_load_path={seed}" if seed else "last_save_model_only"
+    job = job_of([*case.options, f"--job.dump_folder={folder}", f"--checkpoint.{load}"])
     check_layout(job, case.ranks)
     register()
     trainer = Witness(job)

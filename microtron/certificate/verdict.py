@@ -19,43 +19,48 @@ def distance(actual: torch.Tensor | None, expected: torch.Tensor | None) -> floa
 
 
 def compare(ours: dict[str, object], truth: dict[str, object]) -> dict[str, object]:
-    """Largest relative errors of what a rank knows.
+    """Largest relative errors of what a rank knows; of the first step that is off where one is,
+    for the steps after it are off in consequence.
 
     Args:
         ours, truth: ``steps``, of each its ``loss``, ``norm`` and ``grads``; and ``weights``.
 
     Returns:
         loss, norm, grads, weights: the errors; a gradient that is not there is off by infinity;
-        ``worst``: where each of them is; ``parameters``: the names compared.
+        ``worst``: where each of them is; ``step``: when; ``parameters``: the names compared.
     """
-    errors: dict[str, object] = dict.fromkeys(TOLERANCE, 0.0)
-    worst = dict.fromkeys(TOLERANCE, "")
-
-    def take(kind: str, value: float, where: str) -> None:
-        if value >= errors[kind]:
-            errors[kind], worst[kind] = value, where
-
+    found: list[dict[str, object]] = [_error(kind, 0.0) for kind in TOLERANCE]
     known = ours["weights"].keys()
     for step, (mine, right) in enumerate(zip(ours["steps"], truth["steps"], strict=True), 1):
         for kind in ("loss", "norm"):
-            take(kind, _no_nan(abs(mine[kind] - right[kind]) / abs(right[kind])), f"step {step}")
-        for name in mine["grads"].keys() | (known & right["grads"].keys()):
+            value = _no_nan(abs(mine[kind] - right[kind]) / abs(right[kind]))
+            found.append(_error(kind, value, f"step {step}", step))
+        for name in sorted(mine["grads"].keys() | (known & right["grads"].keys())):
             value = distance(mine["grads"].get(name), right["grads"].get(name))
-            take("grads", value, f"{name} at step {step}")
-    for name in known:
-        take("weights", distance(ours["weights"][name], truth["weights"].get(name)), name)
-    return {**errors, "worst": worst, "parameters": sorted(known)}
+            found.append(_error("grads", value, f"{name} at step {step}", step))
+    for name, weight in ours["weights"].items():
+        found.append(_error("weights", distance(weight, truth["weights"].get(name)), name))
+    return {**worst_of(found), "parameters": sorted(known)}
 
 
 def worst_of(results: Iterable[dict[str, object]]) -> dict[str, object]:
-    """The largest errors of all ranks, and the parameters that any of them compared."""
+    """The errors that count among those of all ranks, and the parameters that any compared."""
     results = list(results)
-    whole: dict[str, object] = {"worst": {}}
-    for kind in TOLERANCE:
-        result = max(results, key=lambda r: r[kind])
-        whole[kind], whole["worst"][kind] = result[kind], result["worst"][kind]
+    whole: dict[str, object] = {"worst": {}, "step": {}}
+    for kind, most in TOLERANCE.items():
+        here = [r for r in results if kind in r]
+        off = [r for r in here if r[kind] > most]
+        first = min((r["step"][kind] for r in off), default=0)
+        worst = max([r for r in off if r["step"][kind] == first] or here, key=lambda r: r[kind])
+        whole[kind] = worst[kind]
+        for about in ("worst", "step"):
+            whole[about][kind] = worst[about][kind]
     whole["parameters"] = sorted({name for r in results for name in r["parameters"]})
     return whole
+
+
+def _error(kind: str, value: float, where: str = "", step: int = 0) -> dict[str, object]:
+    return {kind: value, "worst": {kind: where}, "step": {kind: step}, "parameters": ()}
 
 
 def verdict(result: dict[str, object]) -> str:

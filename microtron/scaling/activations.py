@@ -42,17 +42,20 @@ def mode_of(plan: Plan, position: int) -> str:
     return {"memory_budget": "none"}.get(plan.checkpointing, plan.checkpointing)
 
 
-def boundary_bytes(plan: Plan, stage: Stage, in_flight: int) -> int:
+def boundary_bytes(plan: Plan, stage: Stage, in_flight: int, own: set[int]) -> int:
     """What a pipeline stage has besides: buffers for what each microbatch of a step receives, and
     what it sends. A buffer in use is the first block's input, counted there. Schedules of one
-    stage a rank give up what was sent with its microbatch, the others at the end of the step.
+    stage a rank give up what was sent when the next is on its way, the others at the end of the
+    step. Stages of the same rank (``own``) hand over without buffers.
     """
     if plan.layout.pp == 1:
         return 0
     m, looped = plan.pipelined, len(plan.stages) > plan.layout.pp
     before = (m - in_flight) * (2 if looped else 1)  # received; gradients sent
     after = m + (m if looped else in_flight)  # gradients to come; outputs
-    return _hidden(plan) * (before * (not stage.first) + after * (not stage.last))
+    before *= not stage.first and stage.index - 1 not in own
+    after *= not stage.last and stage.index + 1 not in own
+    return _hidden(plan) * (before + after + (0 if looped else 2))
 
 
 def end_bytes(plan: Plan) -> int:

@@ -76,7 +76,7 @@ def load(toml: Path, options: list[str], cpu: bool) -> JobConfig:
         UserError: see `parse`; an option that is not section.key=value.
     """
     for option in options:
-        if "=" not in option or option.startswith("-"):
+        if "=" not in option:
             raise UserError(f"--set {option} is not of the form section.key=value")
     given = read_toml(str(toml))
     named = {option.partition("=")[0] for option in options}

@@ -189,7 +189,7 @@ def memory_of(plan: Plan, rank: int) -> Memory:
     in_flight = dict(zip((s.index for s in stages), in_flight_of(plan, place.pp), strict=True))
     activations = sum(
         in_flight[s.index] * (kept_bytes(plan, s) + (end_bytes(plan) if s.last else 0))
-        + boundary_bytes(plan, s, in_flight[s.index])
+        + boundary_bytes(plan, s, in_flight[s.index], set(in_flight))
         for s in stages
     )
     layers = [layer for s in stages for layer in s.layers]
@@ -244,8 +244,9 @@ def in_flight_of(plan: Plan, pp_rank: int) -> list[int]:
 
     GPipe and LoopedBFS run all forwards first. 1F1B (arXiv:2006.09503) starts a backward after as
     many forwards as there are stages behind it, itself included. Interleaved schedules
-    (arXiv:2104.04473) warm up with (v - 1) rounds and two (zero bubble: one) more for each rank
-    behind; ZB-V (arXiv:2401.10241) holds 2 p halves. Orders: torch's pipelining/schedules.py.
+    (arXiv:2104.04473) warm up with (v - 1) rounds and two more for each rank behind; ZB-V
+    (arXiv:2401.10241) holds 2 p halves. Orders: torch's pipelining/schedules.py, where a microbatch
+    is held until its weight gradients are made.
     """
     pp, m, stages = plan.layout.pp, plan.pipelined, len(plan.stages_of(pp_rank))
     if pp == 1:
@@ -259,8 +260,9 @@ def in_flight_of(plan: Plan, pp_rank: int) -> list[int]:
         return [down, min(m, pp_rank + 1)]
     rounds = max(1, m // pp)
     each = m // rounds
-    more = 2 if plan.schedule == "Interleaved1F1B" else 1
-    forwards = min((stages - 1) * each + more * (pp - 1 - pp_rank) + 1, stages * m)
+    # Zero bubble warms up with fewer, but puts off as many weight gradients as it saved.
+    more = 2 * (pp - 1 - pp_rank) if plan.schedule == "Interleaved1F1B" else pp - 1
+    forwards = min((stages - 1) * each + more + 1, stages * m)
     counts = [0] * stages
     for i in range(forwards):
         counts[i // each % stages] += 1

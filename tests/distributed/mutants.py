@@ -1,7 +1,7 @@
 """The mistakes that a certificate is for: each breaks a plan in one place, and must be caught.
 
 A row is what is wrong, the smallest layout that shows it, the file and the words that are changed
-there, and what must be off: the kind of number, and a pattern for the worst place. Where a mistake
+there, and what must be off: the kind of number, and a pattern for the worst place of the first step. Where a mistake
 has a name (an issue of TorchTitan, a trap of PyTorch), it is given.
 """
 
@@ -353,6 +353,18 @@ MUTANTS = (
         "(max_norm / (norm + 1e-6))",
         "(max_norm / (2 * norm + 1e-6))",
         "weights",
+    ),
+    _m(
+        "experts' gradients are not reduced over their shards",
+        "ep2 x fsdp2",
+        DP,
+        "**options)\n\n    def _mesh",
+        "**options)\n"
+        "        if experts:\n"
+        "            import broken\n"
+        "            module.set_custom_reduce_scatter(broken.OwnPart())\n\n    def _mesh",
+        "grads",
+        r"\.experts\.",
     ),
     # Accumulation.
     _m(

@@ -110,7 +110,7 @@ def test_what_must_be_there():
     assert asked <= names
     assert len(names) == len(all_cases())
     for case in all_cases():
-        given = {a.partition("=")[0]: a.partition("=")[2] for a in case.argv}
+        given = {a.partition("=")[0]: a.partition("=")[2] for a in case.options}
         degrees = {n: int(given.get(f"--parallelism.{o}", 1)) for n, o in OPTIONS.items()}
         spans = {n: d for n, d in degrees.items() if n not in ("ep", "etp")}
         product = torch.tensor(list(spans.values())).prod().item()
@@ -122,7 +122,7 @@ def test_what_must_be_there():
 
 @contextmanager
 def on_rank_1(act):
-    if ranks.dist.is_initialized() and ranks.dist.get_rank() == 1:
+    if os.environ["RANK"] == "1":
         act()
     yield
 
@@ -165,6 +165,8 @@ def test_others_run_when_a_layout_cannot(truths):
     assert 'raise ValueError("broken' in fails["traceback"]
     assert dies["verdict"] == "rank 1 ended with exit code -9"
     assert hangs["verdict"] == "nothing was heard for 6 s"
+    stacks = hangs["traceback"].split("rank 1:")
+    assert "in three_steps" in stacks[0] and "in hanging" in stacks[1]
     for row in (fails, dies, hangs):
         assert row["loss"] != row["loss"] and row["ranks"] == 2 and row["traceback"]
     assert not [p for p in psutil.Process().children(recursive=True) if "resource" in p.name()]
@@ -318,6 +320,20 @@ def test_a_gradient_that_is_not_there():
     assert compare(result_of(names=("a",)), result_of())["grads"] == 0.0
     more = compare(result_of(names=("a", "b", "c")), result_of())
     assert more["grads"] == more["weights"] == INF
+
+
+def test_the_first_step_that_is_off_speaks():
+    ours, truth = result_of(), result_of()
+    for run in (ours, truth):
+        run["steps"] = [result_of()["steps"][0] for _ in range(3)]
+    ours["steps"][1]["grads"]["a"] += 0.01
+    ours["steps"][2]["grads"]["b"] += 1
+    result = compare(ours, truth)
+    assert result["worst"]["grads"] == "a at step 2" and result["grads"] < 0.1
+    other = compare(result_of(grad=1.0001), result_of())  # within tolerance, and earlier
+    assert worst_of([other, result])["worst"]["grads"] == "a at step 2"
+    ours["steps"][0]["grads"]["b"] *= 1.001
+    assert worst_of([result, compare(ours, truth)])["worst"]["grads"] == "b at step 1"
 
 
 def test_worst_of_ranks():

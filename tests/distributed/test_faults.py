@@ -139,16 +139,15 @@ def slow_in_step_5():
     Trainer.train_step = step
 
 
-def codes_of(broken, alive=()):
-    """Exit codes, after the end; ``alive`` ranks were frozen and are killed."""
+def codes_of(broken, frozen=()):
+    """Exit codes, after the end; those that do not end are killed, ``frozen`` ones at once."""
     for number, process in enumerate(broken.ranks):
-        if number in alive:
-            continue
-        process.join(40)
-        assert process.exitcode is not None, broken.told
-    for number in alive:
-        os.kill(broken.ranks[number].pid, signal.SIGKILL)
-        broken.ranks[number].join(10)
+        if number not in frozen:
+            process.join(15)
+    for process in broken.ranks:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
     return [process.exitcode for process in broken.ranks]
 
 

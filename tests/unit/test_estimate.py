@@ -91,6 +91,7 @@ def test_weights_are_those_of_the_model(flavor):
         ({"fsdp": 2, "tp": 2, "ep": 2, "etp": 2}, ()),
         ({"fsdp": 2, "tp": 2, "ep": 4}, ()),
         ({"fsdp": 16, "ep": 4}, ()),
+        ({"fsdp": 6, "ep": 2}, ()),
         ({"pp": 2, "schedule": "Interleaved1F1B"}, ()),
         ({"pp": 2, "schedule": "ZBVZeroBubble", "fsdp": 2, "ep": 2}, ()),
         ({"pp": 2, "tp": 2, "ddp": 2}, (DENSE, "--compile.enable")),
@@ -125,9 +126,10 @@ def test_a_thousand_ranks_are_rehearsed(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-REAL = ["moe, selective", "fsdp2", "tp2, full", "tp2 x ep2, etp2", "pp2 Interleaved1F1B"]
+REAL = ["fsdp2", "tp2, full", "tp2, selective", "cp2", "tp2 x ep2, etp2", "pp2 Interleaved1F1B"]
 
 
+@pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="these ranks are of a CPU")
 @pytest.mark.parametrize("name", REAL)
 def test_real_ranks(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -136,9 +138,9 @@ def test_real_ranks(name, monkeypatch):
     (case,) = [c for c in benchmark.CASES if c[0] == name]
     for row in benchmark.run(case):
         assert row["parameters_optimizer"]["ratio"] == pytest.approx(1, abs=0.01)
-        assert row["activations"]["ratio"] == pytest.approx(1, abs=0.1)
+        assert row["activations"]["ratio"] == pytest.approx(1, abs=0.03)
         assert row["gradients"]["ratio"] == 1
-        assert row["sent"] or name == REAL[0]
+        assert row["sent"]
         for kind, pair in row["sent"].items():
             even = 0.05 if "all-to-all" in kind else 0  # experts are not loaded evenly
             few = pytest.approx(pair["measured"], rel=even, abs=32)  # norms, counts of targets
@@ -160,7 +162,7 @@ def test_in_flight_is_what_torchs_order_makes(schedule, pp, microbatches):
         alive, most = 0, 0
         for action in order._calculate_single_rank_operations(rank):
             kind = action.computation_type.name if action else ""
-            alive += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_INPUT"))
+            alive += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
             most = max(most, alive)
         assert sum(in_flight_of(plan, rank)) == most
 
@@ -191,6 +193,15 @@ def test_floor_by_hand():
     assert floor.inter_node == pytest.approx(sent / 8 / device.inter_bytes_s)
     assert floor.intra_node == pytest.approx(sent / device.intra_bytes_s)
     assert floor.step == max(floor.compute, floor.memory, floor.intra_node, floor.inter_node)
+
+
+def test_floor_waits_for_the_pipeline():
+    device = DEVICES["h100"]
+    one, two = plan_for(kind="cuda"), plan_for(kind="cuda", pp=2)
+    whole = floor_of(one, 0, device).compute
+    stages = [floor_of(two, rank, device).compute * (1 - bubble(two)) for rank in (0, 1)]
+    assert bubble(two) == 1 / 9
+    assert sum(stages) == pytest.approx(whole)
 
 
 def test_full_checkpointing_costs_a_forward_of_the_blocks():

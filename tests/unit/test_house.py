@@ -80,6 +80,18 @@ MAY_IMPORT = {
         "startup",
         "watchdog",
     ),
+    "certificate": (
+        "__version__",
+        "accelerator",
+        "certificate",
+        "check",
+        "errors",
+        "model",
+        "parallel",
+        "parse",
+        "spec",
+        "train",
+    ),
 }
 # Who may know that there is more than one process (torch.distributed, DTensors, meshes).
 DISTRIBUTED = {
@@ -96,6 +108,7 @@ DISTRIBUTED = {
     "watchdog",
     "agent",
     "launch",
+    "certificate.ranks",
 }
 # Who may import TorchTitan; nobody else needs it to be read, or run.
 TITAN = {
@@ -111,7 +124,7 @@ TITAN = {
     "train",
     "scaling",
 }
-ENVIRONMENT = {"accelerator", "launch", "train"}
+ENVIRONMENT = {"accelerator", "certificate.processes", "launch", "train"}
 OPTIONAL = {"datasets", "pyarrow", "tiktoken", "tokenizers", "matplotlib", "wandb", "transformers"}
 # What a module may call while it is imported: names for things, no work.
 CALLS_AT_IMPORT = {

@@ -1,0 +1,148 @@
+"""One device, one recipe: FSDP2 wrapping on and off, compile on and off, beside the estimate.
+
+    python benchmarks/one_device.py train_configs/gpt_oss_656m_1gpu.toml --steps 20 \
+        --out benchmarks/results/one_device.json
+    python benchmarks/one_device.py train_configs/debug.toml --steps 3      # tiny, on a CPU
+
+Each variant is a process of its own, so that none inherits another's memory or compiled code. The
+step is the Trainer's, on random tokens; a step ends when the device is done with it. Wrapping a
+model for one rank is not what a run does by itself (autocast brings the compute dtype): it is
+forced here, to show what the wrapper costs and what bf16 copies of the weights weigh.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+VARIANTS = {
+    "plain": [],
+    "compile": ["--compile.enable"],
+    "fsdp2": ["wrap"],
+    "fsdp2 + compile": ["wrap", "--compile.enable"],
+}
+
+
+def run_variant(toml: str, options: list[str], steps: int, wrap: bool) -> dict[str, object]:
+    """Median seconds of a step, tokens a second, MFU, peak memory."""
+    from common import summary
+
+    from microtron.accelerator import DEVICE_TYPE
+
+    import torch
+
+    from microtron.parallel.layout import check_layout
+    from microtron.parse import parse
+    from microtron.spec import register
+    from microtron.train import Trainer
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ[name] = value
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000))
+    off = ["--data.mock", "--data.source=", "--checkpoint.no-enable", "--validation.no-enable"]
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [f"--job.config_file={toml}", *off, "--sample.freq=0", *options]
+        job = parse([*argv, f"--job.dump_folder={folder}"])
+        check_layout(job, 1)
+        register()
+        with _one_rank_wrapped() if wrap else contextlib.nullcontext():
+            trainer = Trainer(job)
+            batches = trainer.batch_generator(trainer.dataloader)
+            seconds = []
+            for step in range(1, steps + 3):  # the first two compile and warm up
+                trainer.step = step
+                began = time.perf_counter()
+                trainer.train_step(batches)
+                if DEVICE_TYPE == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+                if step == 2 and DEVICE_TYPE == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+        peak = torch.cuda.max_memory_allocated() if DEVICE_TYPE == "cuda" else None
+        ceiling = trainer.metrics_processor.gpu_peak_flops
+        step_s = summary(seconds[2:])
+        result = {
+            "first_step_s": seconds[0],
+            "step_s": step_s,
+            "tokens_per_s": trainer.step_tokens / step_s["median"],
+            "peak_bytes": peak,
+            "loss": trainer.step_result[0].item(),
+        }
+        flops = trainer.metrics_processor.num_flops_per_token * result["tokens_per_s"]
+        result["flops_per_s"], result["mfu"] = flops, flops / ceiling
+        trainer.close()
+    return result
+
+
+def _one_rank_wrapped() -> contextlib.AbstractContextManager:
+    """TorchTitan's meshes with an fsdp mesh of one rank that counts as there."""
+    from microtron.accelerator import DEVICE_TYPE
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed import ParallelDims
+
+    plain = ParallelDims.get_mesh
+
+    def get_mesh(self: ParallelDims, dims: str | list[str]) -> object:
+        if dims == "fsdp":
+            return init_device_mesh(DEVICE_TYPE, (1,), mesh_dim_names=("fsdp",))
+        return plain(self, dims)
+
+    return mock.patch.multiple(
+        ParallelDims, fsdp_enabled=property(lambda self: True), get_mesh=get_mesh
+    )
+
+
+def estimated(toml: str) -> dict[str, object]:
+    """What `microtron estimate` says of the recipe on one rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "estimate.json"
+        command = [sys.executable, "-m", "microtron.cli", "estimate", toml, "--ngpu", "1"]
+        import torch
+
+        device = [] if torch.cuda.is_available() else ["--device", "cpu"]
+        subprocess.run([*command, *device, "--json", str(out)], check=True, capture_output=True)
+        return json.loads(out.read_text())
+
+
+def main() -> None:
+    """Runs every variant, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("toml")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--variant", choices=VARIANTS, help="run only this, print its JSON")
+    given, options = parser.parse_known_args()
+    if given.variant:
+        flags = VARIANTS[given.variant]
+        extra = [f for f in flags if f != "wrap"]
+        result = run_variant(given.toml, [*options, *extra], given.steps, "wrap" in flags)
+        print(json.dumps(result))
+        return
+    rows = {}
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, given.toml, "--steps", str(given.steps), *options]
+        done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
+        if done.returncode:
+            rows[variant] = {"failed": done.stderr.strip().splitlines()[-1]}
+        else:
+            rows[variant] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(variant, json.dumps(rows[variant]), flush=True)
+    from common import facts, write_json
+
+    results = {**facts(), "toml": given.toml, "options": options, "variants": rows}
+    results["estimate"] = estimated(given.toml)
+    if given.out:
+        write_json(given.out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Compiled blocks on every kind of mesh train as uncompiled ones in one process do.
+
+The compiler's front and middle (tracing, functional collectives in the graph, autograd) run in all;
+its code generator, half a minute a layout, in one.
+"""
+
+import pytest
+
+from microtron.certificate.layouts import case
+from microtron.certificate.processes import run_all
+
+pytestmark = pytest.mark.slow
+TRACED = ("--compile.enable", "--compile.backend=aot_eager")
+FULL, SELECTIVE = (f"--activation_checkpoint.mode={m}" for m in ("full", "selective"))
+CASES = [
+    case("one", extra=TRACED),
+    case("tp2, code generated", extra=("--compile.enable",), tp=2),
+    case("ddp2", extra=TRACED, replicate=2),
+    case("fsdp2, selective", extra=(*TRACED, SELECTIVE), shard=2),
+    case("tp2, full", extra=(*TRACED, FULL), tp=2),
+    case("cp2", extra=TRACED, cp=2),
+    case("pp2", extra=TRACED, pp=2),
+    case("ep2, full", extra=(*TRACED, FULL), shard=2, ep=2),
+    case("ep2 on tp2", extra=TRACED, tp=2, ep=2),
+    case(  # the last one: its budget stays in the process
+        "fsdp2, memory budget",
+        extra=(
+            *TRACED,
+            "--activation_checkpoint.mode=memory_budget",
+            "--activation_checkpoint.memory_budget=0.5",
+        ),
+        shard=2,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    rows = {}
+    run_all(CASES, tmp_path_factory.mktemp("compiled"), lambda r: rows.setdefault(r["layout"], r))
+    return rows
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_compiled_layout_agrees(rows, name):
+    assert rows[name]["verdict"] == "agrees", rows[name]
