@@ -33,11 +33,10 @@ VARIANTS = {
 
 def run_variant(toml: str, options: list[str], steps: int, wrap: bool) -> dict[str, object]:
     """Median seconds of a step, tokens a second, MFU, peak memory."""
-    from common import summary
-
     from microtron.accelerator import DEVICE_TYPE
 
     import torch
+    from common import summary
 
     from microtron.parallel.layout import check_layout
     from microtron.parse import parse

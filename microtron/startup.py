@@ -142,11 +142,17 @@ def prepare_data(data: Any, rank: int, patience_s: float = 24 * 3600) -> None:
 
 
 def on_signals(request_stop: Callable[[int], None]) -> None:
-    """SIGTERM and Ctrl-C ask for a stop after the current step; a second one stops at once."""
+    """SIGTERM and Ctrl-C ask for a stop after the current step; a second one stops at once.
+
+    A second one within a second is the same request: a platform that signals every process of a
+    job, and a launcher that hands its own on, both reach a rank.
+    """
     seen = []
 
     def handle(number: int, frame: object) -> None:
-        seen.append(number)
+        if seen and time.monotonic() - seen[0] < 1:
+            return
+        seen.append(time.monotonic())
         if len(seen) > 1:
             os._exit(128 + number)
         name = signal.Signals(number).name

@@ -143,7 +143,7 @@ def _where(processes: list[Any], folder: Path) -> str:
 
 def _tail(folder: Path, rank: int) -> str:
     """The end of what a rank and its libraries said."""
-    return (folder / f"rank{rank}.log").read_text(errors="replace")[-2000:]
+    return (folder / f"rank{rank}.log").read_text(errors="replace")[-8000:]
 
 
 def _rank(

@@ -9,19 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-# torch 2.13 renamed these two; 2.11 has the older names only.
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-_reduce_scatter = (
-    getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
-)
-
 
 def _gathered(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    return functional.wait_tensor(_all_gather(x.contiguous(), dim, group))
+    # torch 2.13 renamed this and the next; 2.11 has the older names only.
+    operation = getattr(functional, "all_gather_single", functional.all_gather_tensor)
+    return functional.wait_tensor(operation(x.contiguous(), dim, group))
 
 
 def _scattered(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    return functional.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    operation = getattr(functional, "reduce_scatter_single", functional.reduce_scatter_tensor)
+    return functional.wait_tensor(operation(x.contiguous(), "sum", dim, group))
 
 
 class _Gather(torch.autograd.Function):

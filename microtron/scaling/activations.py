@@ -42,6 +42,15 @@ def mode_of(plan: Plan, position: int) -> str:
     return {"memory_budget": "none"}.get(plan.checkpointing, plan.checkpointing)
 
 
+def recomputed_bytes(plan: Plan, position: int, layer: int) -> int:
+    """What backward makes again of one block (the n-th of its stage), while it passes it."""
+    mode = mode_of(plan, position)
+    if mode == "none":
+        return 0
+    kept = selective_bytes(plan, layer) if mode == "selective" else 0
+    return max(0, block_bytes(plan, layer) - kept)
+
+
 def boundary_bytes(plan: Plan, stage: Stage, in_flight: int, own: set[int]) -> int:
     """What a pipeline stage has besides: buffers for what each microbatch of a step receives, and
     what it sends. A buffer in use is the first block's input, counted there. Schedules of one

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from microtron.model.args import ModelArgs
-from microtron.scaling.activations import block_bytes, boundary_bytes, end_bytes, kept_bytes
+from microtron.scaling.activations import boundary_bytes, end_bytes, kept_bytes, recomputed_bytes
 from microtron.scaling.plan import Place, Plan, Stage
 
 FP32 = 4
@@ -192,8 +192,7 @@ def memory_of(plan: Plan, rank: int) -> Memory:
         + boundary_bytes(plan, s, in_flight[s.index], set(in_flight))
         for s in stages
     )
-    layers = [layer for s in stages for layer in s.layers]
-    again = max(block_bytes(plan, layer) for layer in layers)
+    again = (recomputed_bytes(plan, *block) for s in stages for block in enumerate(s.layers))
     return Memory(
         rank=rank,
         parameters=FP32 * count,
@@ -203,7 +202,7 @@ def memory_of(plan: Plan, rank: int) -> Memory:
         gathered_weights=_gathered_weights(plan, groups, stages[0].first, stages[-1].last),
         gathered_gradients=_gathered_gradients(plan, groups),
         activations=activations,
-        recomputed=again if plan.checkpointing != "none" else 0,
+        recomputed=max(again),
         loss=loss_bytes(plan) if any(s.last for s in stages) else 0,
     )
 

@@ -14,7 +14,7 @@ MEMORY = {
     "activations": "kept for backward",
     "recomputed": "of one block, in backward",
     "gathered_gradients": "whole, before they are reduced",
-    "loss": "logits of a chunk, in place of the two lines above",
+    "loss": "logits of a chunk, before backward begins",
 }
 
 
@@ -35,9 +35,16 @@ def text(found: dict, plan: Plan, stages: bool) -> str:
         f"token; {_count(flops)}FLOP a token (forward and backward); "
         f"{_count(found['tokens_a_step'])} tokens a step",
     ]
+    forwards = plan.passes * plan.pipelined
+    lines.append(
+        f"a rank takes {plan.microbatch} x {plan.seq_len} tokens at once"
+        f"{' (shared with its tp and cp ranks)' if plan.layout.tp * plan.layout.cp > 1 else ''}, "
+        f"{forwards} times a step; activation checkpointing {plan.checkpointing}"
+        f"{', compiled' if plan.compiled else ''}"
+    )
     if found["built_as_ranks"]:
         told = ", ".join(map(str, found["built_as_ranks"]))
-        lines.append(f"layout built on the fake backend as ranks {told}: parameters agree exactly")
+        lines.append(f"layout built on the fake backend as rank {told}: parameters agree exactly")
     if plan.layout.pp > 1:
         lines.append(
             f"pipeline: {len(plan.stages)} stages, {plan.schedule}, {plan.pipelined} microbatches "

@@ -1,8 +1,8 @@
 """The mistakes that a certificate is for: each breaks a plan in one place, and must be caught.
 
 A row is what is wrong, the smallest layout that shows it, the file and the words that are changed
-there, and what must be off: the kind of number, and a pattern for the worst place of the first step. Where a mistake
-has a name (an issue of TorchTitan, a trap of PyTorch), it is given.
+there, and what must be off: the kind of number, and a pattern for the worst place in the first step
+that is off. Where a mistake has a name (an issue of TorchTitan, a trap of PyTorch), it is given.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ MUTANTS = (
         REPLICATED,
         REPLICATED[:-1] + " and parameter.shape[0] != 8:",
         "grads",
-        r"router\.gate",
+        r"router\.gate\.\w+ at step 1",
     ),
     _m(
         "norms' gradients are not summed",
@@ -49,7 +49,7 @@ MUTANTS = (
         REPLICATED,
         REPLICATED[:-1] + " and parameter.dim() != 1:",
         "grads",
-        r"norm\.weight|bias",
+        r"norm\.weight at step 1",
     ),
     _m(
         "no replicated gradient is summed",
@@ -66,7 +66,7 @@ MUTANTS = (
         'name in ("tp", "etp")',
         'name in ("tp",)',
         "grads",
-        "down_bias",
+        r"down_bias at step 1",
     ),
     _m(
         "row-parallel bias is added by every rank (torchtitan#4245)",
@@ -134,7 +134,8 @@ MUTANTS = (
         EP,
         '{"down_bias": 1 / parts}',
         '{"down_bias": 1}',
-        "loss",
+        "grads",
+        r"down_bias at step 1",
     ),
     _m(
         "rows return in the order of arrival",
@@ -161,7 +162,7 @@ MUTANTS = (
         "            return grad.chunk(ctx.group.size())[ctx.group.rank()], None, None\n"
         "        return _scattered(grad, ctx.dim, ctx.group), None, None",
         "grads",
-        r"router\.gate",
+        r"router\.gate\.\w+ at step 1",
     ),
     _m(
         "counts come from one rank's tokens, not from the gathered ones",
@@ -179,7 +180,8 @@ MUTANTS = (
         ULYSSES,
         "for x in (q, k, v)]",
         "for x in (q, k.flip(2), v)]",
-        "loss",
+        "grads",
+        r"attention\.sinks at step 1",
     ),
     _m(
         "heads come back in another order",
@@ -283,7 +285,7 @@ MUTANTS = (
         "part.step_tokens = self.step_tokens",
         "part.step_tokens = None",
         "grads",
-        r"router\.gate|layers\.",
+        r"router\.gate\.\w+ at step 1",
     ),
     # Data parallel.
     _m(
@@ -317,7 +319,7 @@ MUTANTS = (
         "            * self.parallel_dims.dp_shard\n",
         "",
         "grads",
-        r"router\.gate",
+        r"router\.gate\.\w+ at step 1",
     ),
     _m(
         "every rank reads the same batch",
@@ -364,7 +366,7 @@ MUTANTS = (
         "            import broken\n"
         "            module.set_custom_reduce_scatter(broken.OwnPart())\n\n    def _mesh",
         "grads",
-        r"\.experts\.",
+        r"\.experts\.\w+ at step 1",
     ),
     # Accumulation.
     _m(

@@ -43,18 +43,23 @@ def job_of(*options, ranks=1):
     return parse([*TINY, "--parallelism.data_parallel_shard_degree=1", layout, *options])
 
 
-def forward(job, tiny, device="cpu", dtype=None):
-    """Bytes that a forward of the real model keeps."""
+def build(job, args, device="cpu"):
+    """The model, checkpointed as the job says."""
     with torch.device(device):
-        built = Transformer(tiny)
+        built = Transformer(args)
     if device == "cpu":
         built.init_weights()
-    if dtype is not None:
-        for parameter in built.parameters():
-            parameter.data = parameter.data.to(dtype)
     if job.activation_checkpoint.mode != "none":
         save = SAVED_OPS | {torch.ops.microtron_test.flex.default}
         apply_ac(built, job.activation_checkpoint, op_sac_save_list=save)
+    return built
+
+
+def forward(job, args, device="cpu", dtype=None):
+    """Bytes that a forward of the real model keeps."""
+    built = build(job, args, device)
+    for parameter in built.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     shape = (job.training.local_batch_size, job.training.seq_len)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     with Watch() as watch:
@@ -87,6 +92,35 @@ def test_activations_of_a_forward(flex_stand_in, mode, shape):
     kept = forward(job, resolved_args(job))
     told = memory_of(plan_of(job, 1, "cpu"), 0).activations
     assert told == pytest.approx(kept, rel=0.02)
+
+
+class Peak(Watch):
+    """The most that is alive at once, but for what stands from the start."""
+
+    def __init__(self, built):
+        super().__init__()
+        standing = (*built.parameters(), *built.buffers())
+        self.standing = {t.untyped_storage()._cdata for t in standing}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        alive = (ref() for key, ref in self.storages.items() if key not in self.standing)
+        self.most = max(self.most, sum(s.nbytes() for s in alive if s is not None))
+        return out
+
+
+@pytest.mark.parametrize("shape", ["moe", "dense"])
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m.partition("=")[2])
+def test_peak_of_forward_and_backward(flex_stand_in, mode, shape):
+    """Told from above: gradients and activations as if all were there at once."""
+    job = job_of(mode, "--training.mixed_precision_param=float32", *SHAPES[shape])
+    built = build(job, resolved_args(job))
+    tokens = torch.zeros((job.training.local_batch_size, job.training.seq_len), dtype=torch.int64)
+    with Peak(built) as peak:
+        built(tokens, labels=tokens).backward()
+    told = memory_of(plan_of(job, 1, "cpu"), 0)
+    assert 0.95 < (told.peak - told.parameters - told.optimizer) / peak.most < 1.2
 
 
 @pytest.fixture(scope="module")

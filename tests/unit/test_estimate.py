@@ -233,7 +233,7 @@ def test_command(tmp_path, capsys):
     text = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert "8 x H100 SXM: dp_shard 2 x tp 2 x pp 2" in text
-    assert "built on the fake backend as ranks 0, 4, 7" in text
+    assert "built on the fake backend as rank 0, 4, 7" in text
     assert text.count("at most ") == 4 and "idle for" in text
     assert found["ranks"] == 8 and found["built_as_ranks"] == [0, 4, 7]
     memory = found["by_rank"][0]["memory_bytes"]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from house import CALLS_AT_IMPORT, DISTRIBUTED, ENVIRONMENT, MAY_IMPORT, OPTIONAL, TITAN
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "microtron").rglob("*.py"))
@@ -21,131 +22,6 @@ SOURCES = sorted(
 )
 SOURCES += sorted(ROOT.glob("*.sh"))
 MOST_LINES = 400
-
-# Room or module -> what of microtron it may import, from the bottom of the house to its top. A new
-# room gets its line here.
-MAY_IMPORT = {
-    "__init__": (),
-    "errors": (),
-    "accelerator": (),
-    "cli": ("errors",),  # commands are imported when called
-    "model": ("errors", "model"),
-    "flavors": ("errors", "model.args"),
-    "config": ("flavors", "model.args"),
-    "check": ("accelerator", "config", "errors"),
-    "parse": ("accelerator", "check", "config", "errors"),
-    "data": ("data", "errors"),
-    "optim": ("accelerator", "errors", "model", "optim"),
-    "parallel": ("accelerator", "errors", "model", "parallel"),
-    "parallel.layout": ("accelerator", "config", "errors", "model", "parallel"),
-    "scaling": ("accelerator", "config", "errors", "model", "parallel", "parse", "scaling"),
-    "batch": ("model",),
-    "loss": (),
-    "sample": (),
-    "profiling": ("accelerator",),
-    "checkpoints": ("errors", "model.args"),
-    "diagnose": ("errors", "model"),
-    "metrics": ("accelerator",),
-    "startup": ("errors", "model"),
-    "watchdog": (),
-    "agent": ("errors", "watchdog"),
-    "launch": ("agent", "errors"),
-    "validate": ("accelerator", "batch", "config", "data", "metrics", "model", "parallel"),
-    "spec": (
-        "accelerator",
-        "config",
-        "data",
-        "errors",
-        "flavors",
-        "loss",
-        "metrics",
-        "model",
-        "optim",
-        "parallel",
-        "validate",
-    ),
-    "train": (
-        "accelerator",
-        "batch",
-        "checkpoints",
-        "diagnose",
-        "errors",
-        "metrics",
-        "model",
-        "parallel",
-        "parse",
-        "profiling",
-        "sample",
-        "spec",
-        "startup",
-        "watchdog",
-    ),
-    "certificate": (
-        "__version__",
-        "accelerator",
-        "certificate",
-        "check",
-        "errors",
-        "model",
-        "parallel",
-        "parse",
-        "spec",
-        "train",
-    ),
-}
-# Who may know that there is more than one process (torch.distributed, DTensors, meshes).
-DISTRIBUTED = {
-    "parallel",
-    "train",
-    "optim.build",
-    "metrics",
-    "validate",
-    "diagnose",
-    "profiling",
-    "checkpoints",
-    "scaling.dryrun",
-    "scaling.measure",
-    "watchdog",
-    "agent",
-    "launch",
-    "certificate.ranks",
-}
-# Who may import TorchTitan; nobody else needs it to be read, or run.
-TITAN = {
-    "accelerator",
-    "check",
-    "parse",
-    "profiling",
-    "parallel",
-    "optim.build",
-    "metrics",
-    "validate",
-    "spec",
-    "train",
-    "scaling",
-}
-ENVIRONMENT = {"accelerator", "certificate.processes", "launch", "train"}
-OPTIONAL = {"datasets", "pyarrow", "tiktoken", "tokenizers", "matplotlib", "wandb", "transformers"}
-# What a module may call while it is imported: names for things, no work.
-CALLS_AT_IMPORT = {
-    "logging.getLogger",
-    "re.compile",
-    "TypeVar",
-    "object",
-    "field",
-    "bytes",
-    "range",
-    "hashlib.sha256",
-    "hashlib.sha256(b'microtron byte 1').hexdigest",
-    "'|'.join",
-    "Device",  # scaling/devices.py: rows of its table
-    "Rule",  # optim/groups.py: rows of its table
-    "_optional_fields",  # config.py: [model.args] from ModelArgs
-    "torch.library.custom_op",
-    "_forward.register_autograd",  # model/grouped.py: its operators
-    "torch.no_grad",
-    "dataclass",
-}
 AT_IMPORT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
