@@ -182,6 +182,10 @@ def _layouts(world_size: int) -> Iterator[Layout]:
                     yield replace(dense, ep=ep, etp=etp)
 
 
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def _factorings(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Every ordered way to write ``number`` as a product of so many factors."""
     if parts == 1:
@@ -190,10 +194,6 @@ def _factorings(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     for first in _divisors(number):
         for rest in _factorings(number // first, parts - 1):
             yield first, *rest
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _told(layout: Layout, name: str) -> str:
@@ -319,6 +319,12 @@ def _experts(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
             f"dp_shard x cp x tp = {layout.dp_shard} x {layout.cp} x {layout.tp} = {ranks}"
         )
     shards = ranks // (ep * etp)
+    if shards > 1 and layout.dp_shard * layout.cp == 1:
+        return (
+            f"{_told(layout, 'ep')} leaves every expert on {shards} ranks of tensor_parallel_degree"
+            f" = {layout.tp}, and FSDP alone keeps such copies together: use {ranks // etp}, or "
+            "data_parallel_shard_degree above 1"
+        )
     if shards * ep > args.num_experts:  # more ranks than experts: FSDP2 cuts their inputs, evenly
         for name, width in (("dim", args.dim), ("expert_dim", args.expert_dim // etp)):
             if width % shards:
@@ -378,11 +384,8 @@ def _data(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
         )
     whole, ranks = job.training.global_batch_size, layout.batch
     if whole > 0 and whole % (local_batch(layout, job) * ranks):
-        near = max(1, whole // ranks) * ranks
-        return (
-            f"training.global_batch_size = {whole} is not a multiple of the data ranks = {ranks}: "
-            f"use {near}"
-        )
+        told = f"training.global_batch_size = {whole} is not a multiple of the data ranks = {ranks}"
+        return f"{told}: use {max(1, whole // ranks) * ranks}"
     return None
 
 

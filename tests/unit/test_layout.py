@@ -176,6 +176,11 @@ REFUSED = {
         f"pp=2 {PIPE}schedule=InterleavedZeroBubble --training.local_batch_size=7",
         ["InterleavedZeroBubble wants a multiple of 3", "7 / 1 = 7", "batch_size = 6"],
     ),
+    "copies of experts": (
+        4,
+        "tp=4 ep=2 --model.args.n_heads=4 --model.args.n_kv_heads=4",
+        ["expert_parallel_degree = 2", "on 2 ranks of", "tensor_parallel_degree = 4, ", "use 4"],
+    ),
     # data parallel
     "global batch": (
         8,
@@ -339,6 +344,8 @@ def can_run(layout, args, job):
         etp = n.tp if n.ep == 1 else n.etp
         shards = rest / (n.ep * n.etp)
         whole += [args.num_experts / n.ep, args.expert_dim / etp, shards]
+        if n.ep > 1 and n.dp_shard * n.cp == 1:
+            whole += [1 / shards]
         if n.ep > 1 and shards * n.ep > args.num_experts:
             whole += [args.dim / shards, args.expert_dim / etp / shards]
     else:
