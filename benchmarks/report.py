@@ -78,11 +78,33 @@ def rows() -> list[tuple[str, str, str]]:
             "estimate.py",
         )
     )
+    certificate = load("certificate")
+    layouts = certificate["layouts"]
+    worst = {kind: max(row[kind] for row in layouts) for kind in ("loss", "grads", "weights")}
+    agree = sum(row["verdict"] == "agrees" for row in layouts)
+    found.append(
+        (
+            "`microtron certify`, 2 cores",
+            f"{agree} of {len(layouts)} layouts agree with one process, in "
+            f"{certificate['seconds']:.0f} s; "
+            f"largest relative error: loss {worst['loss']:.0e}, gradients {worst['grads']:.0e}, "
+            f"weights {worst['weights']:.0e}",
+            "certify",
+        )
+    )
     return found
 
 
+def certified() -> str:
+    """The layouts of the certificate in words, those for dense models too marked with a star."""
+    names = [row["layout"] for row in load("certificate")["layouts"] if row["verdict"] == "agrees"]
+    dense = {name.removesuffix(", dense") for name in names if name.endswith(", dense")}
+    told = [f"{n}*" if n in dense else n for n in names if not n.endswith(", dense")]
+    return ", ".join(told)
+
+
 def main() -> None:
-    """Replaces what stands between the two marks."""
+    """Replaces what stands between the marks."""
     device = load("first_run")
     lines = ["| what | result | script in benchmarks/ |", "|---|---|---|"]
     lines += [f"| {what} | {result} | `{script}` |" for what, result, script in rows()]
@@ -93,7 +115,9 @@ def main() -> None:
     ]
     text = README.read_text()
     start = text.index("\n", text.index(START)) + 1
-    README.write_text(text[:start] + "\n".join(lines) + "\n" + text[text.index(END) :])
+    text = text[:start] + "\n".join(lines) + "\n" + text[text.index(END) :]
+    start, end = (text.index(mark) for mark in ("<!-- certified -->", "<!-- /certified -->"))
+    README.write_text(f"{text[:start]}<!-- certified -->\n{certified()}\n{text[end:]}")
     print("\n".join(lines))
 
 

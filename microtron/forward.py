@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.distributed import ParallelDims
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
+from microtron import accelerator
 from microtron.batch import Part, model_inputs
 from microtron.parallel.dp import reshard
 
@@ -28,6 +28,8 @@ class Forward:
     def __init__(self, parts: list[nn.Module], dims: ParallelDims, schedule: object = None) -> None:
         self.parts, self.dims, self.part = parts, dims, part_of(dims)
         self.relay = schedule.relay if schedule is not None else None
+        # Offloaded parameters are on the CPU; batches go where the work is.
+        self.device = torch.device(accelerator.DEVICE_TYPE)
 
     def __call__(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor | None = None
@@ -56,6 +58,8 @@ class Forward:
             mesh = self.dims.get_optional_mesh(name)
             if mesh is not None:
                 dist.all_reduce(row, group=mesh.get_group())
+        if dist.get_world_size() > 1:
+            dist.broadcast(row, 0)  # rounding must not let ranks choose different tokens
         return row
 
     @contextlib.contextmanager
@@ -65,10 +69,12 @@ class Forward:
         """
         for part in self.parts:
             part.eval()
-        with torch.no_grad():
-            yield
-        if self.relay is not None:
-            self.relay.finish()
-        reshard(self.parts)
-        for part in self.parts:
-            part.train()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.relay is not None:
+                self.relay.finish()
+            reshard(self.parts)
+            for part in self.parts:
+                part.train()

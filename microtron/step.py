@@ -20,7 +20,7 @@ from microtron import accelerator
 from microtron.batch import model_inputs
 from microtron.diagnose import non_finite
 from microtron.forward import Forward
-from microtron.parallel.dp import autocast_for
+from microtron.parallel.dp import autocast_for, sum_at
 from microtron.parallel.norm import clip, grad_norm
 from microtron.parallel.tp import sum_replicated_gradients
 
@@ -38,6 +38,8 @@ class Stepper(titan.Trainer):
             mock.patch.object(titan.dist_utils, "maybe_enable_amp", _autocast(job)),
         ):
             super().__init__(job)
+        self.stop_signal = 0  # asked of this rank
+        self.stop_agreed = 0  # known to all ranks
         self.schedule = self.pp_schedule if self.parallel_dims.pp_enabled else None
         self.forward = Forward(self.model_parts, self.parallel_dims, self.schedule)
         self.step_tokens = (
@@ -109,7 +111,9 @@ class Stepper(titan.Trainer):
         """Forward and backward of a step; this rank's part of the loss, fp32 scalar."""
         valid = self._valid_tokens([labels for _, labels in microbatches])
         losses = []
-        for input_dict, labels in microbatches:
+        for number, (input_dict, labels) in enumerate(microbatches, 1):
+            if self.schedule is None:
+                sum_at(number == len(microbatches), self.model_parts, self.parallel_dims)
             moved = {k: v.to(self.device, non_blocking=True) for k, v in input_dict.items()}
             losses.append(
                 self.forward_backward_step(
@@ -124,7 +128,7 @@ class Stepper(titan.Trainer):
     def _valid_tokens(self, labels: list[torch.Tensor]) -> torch.Tensor:
         """Targets in the global batch, fp32 scalar on the device."""
         count = sum(int((x != IGNORE_INDEX).sum()) for x in labels)
-        count = torch.tensor(float(count), device=self.device)
+        count = torch.full((), float(count), device=self.device)  # a copy would wait for the device
         if self.parallel_dims.dp_enabled:
             dist.all_reduce(count, group=self.parallel_dims.get_mesh("batch").get_group())
         return count
@@ -144,26 +148,36 @@ class Stepper(titan.Trainer):
         return grad_norm(self.parameters, pp.get_group() if pp is not None else None)
 
     def _clip(self, loss: torch.Tensor, microbatch: Batch) -> float:
-        """The gradient norm before clipping.
+        """Clips; returns the gradient norm before.
+
+        The same message tells every rank whether one of them was asked to stop.
 
         Raises:
-            NonFinite: it, or the loss, is NaN or infinite.
+            NonFinite: the norm, or the loss, is NaN or infinite.
         """
-        norm = self.norm()
-        finite = torch.isfinite(torch.stack((norm, loss))).all().float()
+        norm = self.norm().to(self.device)
+        bad = ~torch.isfinite(torch.stack((norm, loss))).all()
+        asked = torch.full((), float(self.stop_signal), device=self.device)
+        flags = torch.stack((bad.float(), asked))
         if self.parallel_dims.world_size > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite.item():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        clip(self.parameters, norm, self.job_config.training.max_norm)
+        bad, asked, norm = torch.cat((flags, norm.reshape(1))).tolist()  # the one wait
+        if bad:
 
             def again() -> None:
                 input_dict, labels = microbatch
                 moved = {k: v.to(self.device) for k, v in input_dict.items()}
-                with self.forward.evaluating(), self.maybe_enable_amp:
+                with (
+                    torch.compiler.set_stance("force_eager"),  # hooks see every module
+                    self.forward.evaluating(),
+                    self.maybe_enable_amp,
+                ):
                     self.forward(moved, labels.to(self.device))
 
             raise non_finite(self.model_parts, self.step, loss.item(), again)
-        clip(self.parameters, norm, self.job_config.training.max_norm)
-        return norm.item()
+        self.stop_agreed = int(asked)
+        return norm
 
 
 def _autocast(job: JobConfig) -> Callable[..., contextlib.AbstractContextManager]:

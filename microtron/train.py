@@ -19,7 +19,6 @@ from pathlib import Path
 
 from microtron.accelerator import DEVICE_TYPE
 
-import torch
 import torch.distributed as dist
 from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
@@ -41,7 +40,6 @@ class Trainer(Stepper):
         super().__init__(job)
         self.watchdog = watchdog or Watchdog()
         self.time_s = 0.0  # training alone
-        self.stop_signal = 0
         self.saved_step = -1
 
     def train(self) -> None:
@@ -84,8 +82,8 @@ class Trainer(Stepper):
             f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in all; "
             f"results in {job.job.dump_folder}"
         )
-        if self.stop_signal:
-            raise SystemExit(128 + self.stop_signal)
+        if self.stop_agreed:
+            raise SystemExit(128 + self.stop_agreed)
 
     def _after_step(self) -> str:
         """Metrics, validation, sample, checkpoint; returns why the run ends here, or ''."""
@@ -93,9 +91,9 @@ class Trainer(Stepper):
         reason = "done" if step == job.training.steps else ""
         if self.metrics_processor.should_log(step) or reason:
             self._log()
-        if self._stop_requested():
-            reason = f"stopped by {signal.Signals(self.stop_signal).name}"
-        leaving = bool(self.stop_signal)
+        if self.stop_agreed:
+            reason = f"stopped by {signal.Signals(self.stop_agreed).name}"
+        leaving = bool(self.stop_agreed)
         if (
             job.validation.enable
             and not leaving
@@ -210,14 +208,6 @@ class Trainer(Stepper):
             log.info(f"resumed from {self._step_folder(step)} ({self.ntokens_seen:,} tokens)")
         elif loaded:
             log.info(f"started from the weights in {path}")
-
-    def _stop_requested(self) -> bool:
-        """Whether any rank was asked to stop; all ranks answer the same."""
-        if self.parallel_dims.world_size > 1:
-            asked = torch.tensor(self.stop_signal, device=self.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.stop_signal = int(asked.item())
-        return bool(self.stop_signal)
 
     def _shorten_timeouts(self) -> None:
         """After the first step, which compiles and connects, a silent rank is noticed sooner."""

@@ -49,7 +49,7 @@ class Validator(BaseValidator):
     def validate(self, model_parts: list[nn.Module], step: int) -> dict[str, object]:
         """``step, val_loss, val_bpb, val_tokens`` of the fixed set; also written to the metrics."""
         forward = Forward(model_parts, self.dims, self.schedule)
-        device = next(model_parts[0].parameters()).device
+        device = forward.device
         totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, bytes
         loader = self.loader()
         with Stopwatch() as watch, forward.evaluating(), self.amp:
@@ -60,6 +60,8 @@ class Validator(BaseValidator):
             mesh = self.dims.get_optional_mesh(name)
             if mesh is not None:
                 dist.all_reduce(totals, group=mesh.get_group())
+        if dist.get_world_size() > 1:
+            dist.broadcast(totals, 0)  # one verdict on val_target, whatever the rounding
         loss, tokens, byte_count = totals.tolist()
         return self.metrics.log_validation(
             step, loss / max(tokens, 1), int(tokens), int(byte_count), watch.last_s

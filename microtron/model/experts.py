@@ -41,16 +41,18 @@ class Experts(nn.Module):
         ]
         if self.backend == "grouped_mm" and x.device.type == "cpu":
             return cpu_experts(x, weights, counts, self.alpha, self.limit)
-        linear = _loop_linear if self.backend == "loop" else grouped_linear
+        linear = grouped_linear
+        if self.backend == "loop":
+            linear, counts = _loop_linear, counts.tolist()
         hidden = swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
         return linear(hidden, *weights[2:], counts)
 
 
 def _loop_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counts: list[int]
 ) -> torch.Tensor:
     """``x[rows of e] @ weight[e] + bias[e]``: x [M, in], weight [E, in, out] -> [M, out]."""
-    rows = x.split(counts.tolist())
+    rows = x.split(counts)
     biases = [None] * len(rows) if bias is None else bias.unbind(0)
     outs = [F.linear(r, w.t(), b) for r, w, b in zip(rows, weight.unbind(0), biases, strict=True)]
     return torch.cat(outs)

@@ -4,9 +4,11 @@ The dense bool mask (eager, sdpa) and the FlexAttention BlockMask come from the 
 they cannot disagree. A window of W means W keys, the token itself included.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 Predicate = Callable[..., torch.Tensor]
 
@@ -54,12 +56,15 @@ def block_mask(
     seq_len: int, window: int | None, documents: torch.Tensor | None, device: torch.device
 ) -> "torch.nn.attention.flex_attention.BlockMask":
     """The same predicate as FlexAttention's block-sparse mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     batch = None if documents is None else documents.shape[0]
-    return create_block_mask(
-        predicate(window, documents), batch, None, seq_len, seq_len, device=device
-    )
+    create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+    return create(predicate(window, documents), batch, None, seq_len, seq_len, device=device)
+
+
+@functools.cache
+def _compiled_block_mask() -> Callable:
+    """Uncompiled, it holds ten bytes for each pair of tokens of the batch at once."""
+    return torch.compile(create_block_mask)
 
 
 def build_masks(

@@ -51,7 +51,7 @@ class Transformer(nn.Module):
             self.rope.init_weights(buffer_device)
             for layer in self.layers.values():
                 if layer.moe_enabled:
-                    layer.moe.init_buffers()
+                    layer.moe.init_buffers(buffer_device)
 
     def _masks_of(
         self, seq_len: int, device: torch.device, documents: torch.Tensor | None

@@ -39,8 +39,10 @@ class MoE(nn.Module):
             "tokens_per_expert", torch.empty(experts, dtype=torch.int64), persistent=False
         )
 
-    def init_buffers(self) -> None:
-        """No bias, even load, nothing counted."""
+    def init_buffers(self, device: torch.device | None = None) -> None:
+        """No bias, even load, nothing counted; on ``device``, where parameters may not be."""
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(device or buffer.device))
         if self.expert_bias is not None:
             self.expert_bias.zero_()
         self.load_fractions.fill_(1.0 / self.load_fractions.numel())

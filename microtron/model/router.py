@@ -1,6 +1,7 @@
 """The router: which experts a token goes to, with what weight, and the losses that keep it honest.
 
-Top-k on the raw logits, then softmax over the k (gpt-oss). All of it in fp32. The losses never show
+Top-k on the raw logits, then softmax over the k (gpt-oss). All of it in fp32 (where FSDP2 brings
+bf16, from weights and inputs rounded to it). The losses never show
 up in the model's output: they ride on the routing weights through an autograd function that hands
 them a gradient of one, so they hold under activation checkpointing (whose recomputation repeats
 them exactly), under gradient accumulation and on pipeline stages that never see the loss.

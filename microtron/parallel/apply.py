@@ -5,7 +5,7 @@
     experts         ep.py        whole experts on ep (which borrows dp, cp and tp ranks)
     context         ulysses.py   sequence for heads around attention
     checkpointing   TorchTitan   decides what backward computes again, communication included
-    compile         torch        a block with all of the above is one graph
+    compile         torch        a block with all of the above is one graph (with ep: a few)
     data            dp.py        FSDP2 / HSDP / DDP hooks go around compiled blocks
 
 TorchTitan calls `parallelize` with a model, or a stage, on the meta device.

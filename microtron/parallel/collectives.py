@@ -56,12 +56,12 @@ class _AllToAll(torch.autograd.Function):
         return functional.wait_tensor(back), None, None, None
 
 
-def gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """The parts of all ranks side by side along ``dim``; gradients are summed over the ranks."""
     return _Gather.apply(x, dim, group)
 
 
-def scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks, of which each keeps its part along ``dim``."""
     return _Scatter.apply(x, dim, group)
 

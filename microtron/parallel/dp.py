@@ -3,16 +3,20 @@
 * FSDP2 (ZeRO-3, arXiv:1910.02054): weights, gradients and optimizer state are cut over dp_shard x
   cp ranks; a block's weights are gathered before it runs and given up after
   (`fsdp_reshard_after_forward` = always; the default keeps the last ones). `never` keeps gathered
-  weights until backward is through: the memory and traffic of ZeRO-2.
+  weights until backward is through: the memory of ZeRO-2, and its traffic where a step is one
+  micro-batch (ZeRO-2 gathers once a step, this once a micro-batch).
 * HSDP: the same within dp_shard, whole copies over dp_replicate; gradients are reduce-scattered,
   then all-reduced.
 * DDP: whole copies everywhere, gradients all-reduced block by block behind backward.
 
-ZeRO-1 (only the optimizer state is cut) is not there: its reduce-scatter and all-gather move the
-same bytes as `never`, and it keeps whole gradients besides.
+ZeRO-1 (only the optimizer state is cut) is not there. With one micro-batch a step it would move the
+bytes of `never`, 2 x parameters, and keep whole weights and gradients besides; with many it would
+move them once where `never` moves them every time.
 
 Gradients are plain sums: the loss is divided by the tokens of the global batch already.
 """
+
+import itertools
 
 from microtron.accelerator import DEVICE_TYPE
 
@@ -42,12 +46,37 @@ def apply_dp(model: Transformer, dims: ParallelDims, job: JobConfig) -> None:
         # Backward needs these first, so they stay whole after forward.
         wrap([model.norm, model.output], last=True)
     wrap(model, root=True)
+    if dims.fsdp_enabled and dims.ep_enabled:
+        _prefetch(list(model.layers.values()))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Plain sums: gloo has no PREMUL_SUM, and NCCL's returns zeros in bf16
             # (pytorch#190745).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch(blocks: list[nn.Module]) -> None:
+    """With experts elsewhere the host waits inside every block, and so comes too late to gather the
+    next one's weights behind this one's work; told in advance, FSDP2 starts them before.
+    """
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following, following.moe.experts])
+        following.set_modules_to_backward_prefetch([block, block.moe.experts])
+
+
+def sum_at(last: bool, parts: list[nn.Module], dims: ParallelDims) -> None:
+    """Before a micro-batch: whole copies (DDP, HSDP's replicas) sum their gradients at the last one
+    of a step alone. (A pipeline sees to that itself.)
+    """
+    for part in parts:
+        if not dims.dp_replicate_enabled:
+            return
+        if dims.fsdp_enabled:
+            part.set_requires_all_reduce(last)
+        else:
+            part.set_requires_gradient_sync(last)
+            part.set_is_last_backward(last)
 
 
 def reshard(parts: list[nn.Module]) -> None:
@@ -67,6 +96,7 @@ class _Wrap:
         precision = MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[job.training.mixed_precision_reduce],
+            cast_forward_inputs=False,  # cos and sin stay fp32
         )
         self.options: dict[str, object] = {"mp_policy": precision}
         if job.training.enable_cpu_offload and DEVICE_TYPE == "cuda":

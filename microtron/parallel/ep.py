@@ -4,8 +4,8 @@ The ranks are borrowed from data, context and tensor parallel (TorchTitan's Para
 of them routes its own tokens, so a layer is: sort by expert, all-to-all, experts, all-to-all,
 combine. Where experts are split over tensor parallel ranks as well (``etp``), these first gather
 their tokens, compute a part of each expert's width, and sum the parts when they give the tokens
-back. The host waits once a layer, for the split sizes of the all-to-all; never without expert
-parallel.
+back. The host waits once a layer (and where checkpointing computes it again), for the split sizes
+of the all-to-all; never without expert parallel.
 """
 
 import torch
@@ -16,8 +16,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from microtron.model.experts import Experts
 from microtron.model.moe import MoE, by_expert, combine, dispatch
 from microtron.model.router import Routing
-from microtron.parallel.collectives import all_to_all, gather, scatter
-from microtron.parallel.local import distribute, with_local_parameters
+from microtron.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from microtron.parallel.local import computing, distribute, with_local_parameters
 
 # Expert weights [E, in, out] over (ep, etp): whole experts over ep; over etp the width between the
 # two products. down_bias belongs to the sum, so each part of an expert adds its share of it.
@@ -37,21 +37,22 @@ class Exchange:
 
     def __call__(self, tokens: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
         """Through the experts and back."""
+        tokens = computing(tokens)
         if self.etp is not None:
             tokens, routing = self._gathered(tokens, routing)
         if self.ep is None:
             mixed = dispatch(tokens, routing, experts)
         else:
             mixed = self._across(tokens, routing, experts)
-        return mixed if self.etp is None else scatter(mixed, 0, self.etp)
+        return mixed if self.etp is None else reduce_scatter(mixed, 0, self.etp)
 
     def _gathered(self, tokens: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
         """Tokens and routing of all etp ranks. The routing weights' gradient is summed on its way
         back: each rank's outputs are only a part (pytorch/torchtitan#2387).
         """
-        tokens = gather(tokens, 0, self.etp)
-        weights = gather(routing.weights, 0, self.etp)
-        chosen = gather(routing.experts, 0, self.etp)
+        tokens = all_gather(tokens, 0, self.etp)
+        weights = all_gather(routing.weights, 0, self.etp)
+        chosen = all_gather(routing.experts, 0, self.etp)
         flat = chosen.reshape(-1)
         counts = torch.zeros_like(routing.counts).scatter_add(0, flat, torch.ones_like(flat))
         return tokens, Routing(weights, chosen, counts)

@@ -12,7 +12,7 @@ import torch.distributed._functional_collectives as functional
 from torch import nn
 
 from microtron.model.head import IGNORE, Head, softcapped
-from microtron.parallel.collectives import gather
+from microtron.parallel.collectives import all_gather
 
 
 def split_vocabulary(head: Head, group: dist.ProcessGroup) -> None:
@@ -20,7 +20,7 @@ def split_vocabulary(head: Head, group: dist.ProcessGroup) -> None:
     head.chunk_loss = functools.partial(chunk_loss, group=group)
 
     def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        return gather(out, out.dim() - 1, group) if out.dim() == 3 else out
+        return all_gather(out, out.dim() - 1, group) if out.dim() == 3 else out
 
     head.register_forward_hook(hook)
 

@@ -56,7 +56,11 @@ def grad_norm(
 
 @torch.no_grad()
 def clip(parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scales all gradients by ``max_norm / norm`` where that is below 1."""
+    """Scales all gradients by ``max_norm / norm`` where that is below 1.
+
+    Under a norm that is not finite they stay as they are, for whoever looks for the cause.
+    """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = torch.where(torch.isfinite(norm), factor, 1.0)
     grads = [_local(p.grad) for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, factor.to(grads[0].device))

@@ -117,7 +117,7 @@ class _Shapes:
             length,
             length // dims.tp,
             args.dim,
-            param if wrapped else torch.float32,
+            param if wrapped else TORCH_DTYPE_MAP[job.training.dtype],
         )
 
     def tokens(self) -> torch.Tensor:
@@ -168,14 +168,18 @@ class Relay:
         dim = stage.submod.model_args.dim
         shape = (tokens.shape[0], tokens.shape[1] // self.tp, dim)
         x = torch.empty(shape, dtype=self.dtype, device=tokens.device)
-        dist.recv(x, peer, group=self.group)
+        self._exchange(dist.irecv, x, peer)[0].wait()
         return x
+
+    def _exchange(self, operation: Callable, x: torch.Tensor, peer: int) -> list[dist.Work]:
+        """As a batch of one, on the communicator that the schedule has opened."""
+        return dist.batch_isend_irecv([dist.P2POp(operation, x, peer, self.group)])
 
     def _send(self, stage: PipelineStage, out: torch.Tensor) -> None:
         peer = self._peer(stage, stage.stage_index + 1)
         if peer is not None:
             out = out.detach().to(self.dtype).contiguous()
-            self.sending.append((dist.isend(out, peer, group=self.group), out))
+            self.sending.append((self._exchange(dist.isend, out, peer)[0], out))
         if len(self.sending) > 4:  # a few batches ahead at most
             self.sending.pop(0)[0].wait()
 

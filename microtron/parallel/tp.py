@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from microtron.model.model import Transformer
-from microtron.parallel.collectives import gather, scatter
+from microtron.parallel.collectives import all_gather, reduce_scatter
 from microtron.parallel.ep import apply_experts
-from microtron.parallel.local import distribute, with_local_parameters
+from microtron.parallel.local import computing, distribute, with_local_parameters
 from microtron.parallel.loss import split_vocabulary
 
 # Parameter -> how it lies on the tp mesh; the first pattern that matches. Experts: see ep.py.
@@ -81,7 +81,7 @@ def _placement(name: str) -> Placement:
 
 def _gather_input(module: nn.Module, group: dist.ProcessGroup) -> None:
     def hook(module: nn.Module, args: tuple) -> tuple:
-        return gather(args[0], SEQUENCE, group), *args[1:]
+        return all_gather(computing(args[0]), SEQUENCE, group), *args[1:]
 
     module.register_forward_pre_hook(hook)
 
@@ -90,7 +90,7 @@ def _row_parallel(linear: nn.Linear, group: dist.ProcessGroup) -> None:
     """x [B, S, part] @ part of the weight, summed over ranks, then the bias: [B, S/n, out]."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        out = scatter(F.linear(x, linear.weight), SEQUENCE, group)
+        out = reduce_scatter(F.linear(x, linear.weight), SEQUENCE, group)
         return out if linear.bias is None else out + linear.bias.to(out.dtype)
 
     linear.forward = forward
@@ -103,7 +103,7 @@ def _embedding(table: nn.Embedding, group: dist.ProcessGroup) -> None:
         rows = tokens - group.rank() * table.weight.shape[0]
         mine = (rows >= 0) & (rows < table.weight.shape[0])
         found = F.embedding(rows.where(mine, 0), table.weight) * mine.unsqueeze(-1)
-        return scatter(found, SEQUENCE, group)
+        return reduce_scatter(found, SEQUENCE, group)
 
     table.forward = forward
     with_local_parameters(table)

@@ -173,7 +173,8 @@ def test_others_run_when_a_layout_cannot(truths):
     assert "in three_steps" in stacks[0] and "in on_rank_1" in stacks[1]
     for row in (fails, dies, hangs):
         assert row["loss"] != row["loss"] and row["ranks"] == 2 and row["traceback"]
-    assert not [p for p in psutil.Process().children(recursive=True) if "resource" in p.name()]
+    left = [rank for server in psutil.Process().children() for rank in server.children()]
+    assert not psutil.wait_procs(left, timeout=5)[1]
 
 
 @pytest.mark.parametrize(
