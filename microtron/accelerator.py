@@ -7,6 +7,7 @@ else.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -20,6 +21,7 @@ from unittest import mock
 
 import torch
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -105,6 +107,7 @@ def _settle() -> None:
         titan_utils.get_peak_flops = lambda name: measured_peak_flops()
 
 
+@functools.cache
 def measured_peak_flops(size: int = 768, seconds: float = 0.15) -> float:
     """FLOP/s of an fp32 matrix product with the threads in use: the CPU's ceiling for MFU."""
     a, b = torch.randn(size, size), torch.randn(size, size)

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from microtron.accelerator import DEVICE_TYPE
+from microtron.accelerator import DEVICE_TYPE, TORCH
 
 from torchtitan.config import JobConfig
 
@@ -40,6 +40,10 @@ RULES: dict[str, Rule] = {
     "training.gc_freq": _POSITIVE,
     "training.max_norm": (lambda v: v > 0, "give a number above 0 (1e9: off)"),
     "training.enable_cpu_offload": _ON_CUDA,
+    "parallelism.pipeline_parallel_schedule": (
+        lambda v: not v.endswith("ZeroBubble") or TORCH >= (2, 13),
+        "torch below 2.13 loses its way in a split backward; choose 1F1B or Interleaved1F1B",
+    ),
     "optimizer.name": (lambda v: v in ("Adam", "AdamW"), "choose Adam or AdamW"),
     "optimizer.lr": (lambda v: v > 0, "give a learning rate above 0"),
     "optimizer.weight_decay": (lambda v: v >= 0, "give 0 (off) or a positive number"),

@@ -5,6 +5,8 @@ its code generator, half a minute a layout, in one.
 """
 
 import pytest
+import torch
+from runs import SMALL, Run, assert_one_line
 
 from microtron.certificate.layouts import case
 from microtron.certificate.processes import run_all
@@ -44,3 +46,25 @@ def rows(tmp_path_factory):
 @pytest.mark.parametrize("name", [c.name for c in CASES])
 def test_compiled_layout_agrees(rows, name):
     assert rows[name]["verdict"] == "agrees", rows[name]
+
+
+def poison():
+    """A weight turns into NaN before step 2."""
+    from microtron.train import Trainer
+
+    plain = Trainer.train_step
+
+    def step(self, batches):
+        if self.step == 2:
+            with torch.no_grad():
+                self.model_parts[0].layers["1"].attention.wq.weight[0, 0] = float("nan")
+        return plain(self, batches)
+
+    Trainer.train_step = step
+
+
+def test_the_first_bad_output_is_found_in_compiled_blocks(tmp_path):
+    argv = [*SMALL, "--data.mock", "--training.steps=3", *TRACED]
+    ended = Run(argv, tmp_path, prepare=poison).wait()
+    assert ended.code == 1, ended.told
+    assert_one_line(ended.err, "step 2 is not finite", "output of layers.1.attention.wq;")

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from unittest import mock
 
 import pytest
@@ -250,16 +251,38 @@ def test_bf16_weights_are_gathered_and_fp32_gradients_reduced(tmp_path):
         assert rank["norm"] != truth["norm"]
 
 
-@pytest.mark.parametrize("degree", ["tensor", "pipeline", "expert"])
+@pytest.mark.parametrize("degree", ["tensor", "pipeline", "expert", "context"])
 def test_bf16_compute_on_every_mesh(degree, tmp_path):
     """TorchTitan computes in fp32 where no FSDP2 is; here the option holds."""
-    options = ["--training.mixed_precision_param=bfloat16"]
-    argv = [f"--parallelism.{degree}_parallel_degree=2", *options]
-    truth = on_ranks(1, norm_of, [], tmp_path / "truth")[0]
+    batch = 2 if degree == "expert" else 4  # whose two ranks read data of their own
+    argv = [
+        f"--parallelism.{degree}_parallel_degree=2",
+        f"--training.local_batch_size={batch}",
+        "--training.mixed_precision_param=bfloat16",
+    ]
+    truth = on_ranks(1, norm_of, ["--training.local_batch_size=4"], tmp_path / "truth")[0]
     mine = on_ranks(2, norm_of, argv, tmp_path / "half")[0]
-    batch = 2 if degree != "expert" else 4
-    assert mine["dtypes"] >= {"torch.bfloat16"}
-    assert batch and 0 < mine["norm"] < 10 * truth["norm"]
+    assert truth["dtypes"] == {"torch.float32"} and mine["dtypes"] == {"torch.bfloat16"}
+    assert mine["norm"] == pytest.approx(truth["norm"], rel=3e-2)
+
+
+def waits_of_a_step(trainer):
+    """What torch says of host waits in the third step."""
+    batches = trainer.batch_generator(trainer.dataloader)
+    for trainer.step in (1, 2):
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.step = 3
+        trainer.train_step(batches)
+    torch.cuda.set_sync_debug_mode("default")
+    return [str(w.message) for w in told if "synchroniz" in str(w.message)]
+
+
+@pytest.mark.gpu
+def test_a_step_waits_once_for_the_device(tmp_path):
+    assert len(on_ranks(1, waits_of_a_step, [], tmp_path)[0]) == 1
 
 
 def norm_of(trainer):
