@@ -174,6 +174,24 @@ def all_cases() -> list[Case]:
         {"name": "qk-norm x tp2", "tp": 2, "run": ("--model.args.qk_norm=true",)},
         {"name": "pp2 x fsdp2 x cp2", "pp": 2, "shard": 2, "cp": 2},
         {"name": "hsdp 2x2 x tp2", "replicate": 2, "shard": 2, "tp": 2},
+        {"name": "pp2 x tp2 x ep2", "pp": 2, "tp": 2, "ep": 2},
+        {"name": "cp2 x tp2 x ep4", "cp": 2, "tp": 2, "ep": 4},
+        {"name": "cp2 x ep2 x etp2", "cp": 2, "tp": 2, "ep": 2, "etp": 2},
+        {
+            "name": "pp2 ZBVZeroBubble x fsdp2 x ep2",
+            "pp": 2,
+            "shard": 2,
+            "ep": 2,
+            "schedule": "ZBVZeroBubble",
+        },
+        {"name": "ac selective x ep2", "shard": 2, "ep": 2, "extra": (selective,)},
+        {"name": "softcap x tp2", "tp": 2, "run": ("--model.args.logit_softcap=5",)},
+        {
+            "name": "bias balancing x ep2 on tp2",
+            "tp": 2,
+            "ep": 2,
+            "run": ("--model.args.load_balance=bias",),
+        },
     ]
     cases = [case(**options) for options in both + moe]
     for options in both:

@@ -73,13 +73,7 @@ def caught(request, truths):
     return rows
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if case.ranks > 4 else [])
-        for name, case in CASES.items()
-    ],
-)
+@pytest.mark.parametrize("layout", CASES)
 def test_layout_agrees(rows, truths, layout):
     row = rows[layout]
     assert row["verdict"] == "agrees", row["traceback"] or row["verdict"]
