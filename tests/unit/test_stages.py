@@ -13,6 +13,7 @@ from microtron.errors import UserError
 from microtron.flavors import FLAVORS, flavor
 from microtron.model import accounting
 from microtron.parallel.stages import STAGES_A_RANK, module_names, split, stage_count
+from microtron.parse import parse
 
 
 def flops(args, seq_len, layers):
@@ -192,3 +193,12 @@ def test_counts_agree_with_torch(schedule, pp):
 def test_refused(arguments, told):
     with pytest.raises(UserError, match=told):
         stage_count(*arguments)
+
+
+def test_zero_bubble_needs_a_newer_torch(monkeypatch):
+    option = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
+    monkeypatch.setattr("microtron.check.TORCH", (2, 13))
+    parse([option, "--data.mock"])
+    monkeypatch.setattr("microtron.check.TORCH", (2, 12))
+    with pytest.raises(UserError, match="'ZBVZeroBubble' cannot work: torch below 2.13"):
+        parse([option, "--data.mock"])
