@@ -100,7 +100,7 @@ def certified() -> str:
     names = [row["layout"] for row in load("certificate")["layouts"] if row["verdict"] == "agrees"]
     dense = {name.removesuffix(", dense") for name in names if name.endswith(", dense")}
     told = [f"{n}*" if n in dense else n for n in names if not n.endswith(", dense")]
-    return ", ".join(told)
+    return " · ".join(told)
 
 
 def main() -> None:

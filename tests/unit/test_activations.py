@@ -8,6 +8,7 @@ from microtron.accelerator import DEVICE_TYPE  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_run import DENSE, TINY
 
 from microtron.config import resolved_args
 from microtron.model import attention_core, model
@@ -17,24 +18,6 @@ from microtron.parse import parse
 from microtron.scaling.measure import Watch
 from microtron.scaling.memory import memory_of
 from microtron.scaling.plan import plan_of
-
-TINY = (
-    "--data.mock",
-    "--model.args.dim=64",
-    "--model.args.n_layers=4",
-    "--model.args.n_heads=8",
-    "--model.args.n_kv_heads=4",
-    "--model.args.head_dim=16",
-    "--model.args.vocab_size=136",
-    "--model.args.num_experts=8",
-    "--model.args.expert_dim=96",
-    "--model.args.hidden_dim=192",
-    "--model.args.window=32",
-    "--training.seq_len=128",
-    "--training.local_batch_size=8",
-    "--activation_checkpoint.selective_ac_option=op",
-)
-DENSE = "--model.args.num_experts=0"
 
 
 def job_of(*options, ranks=1):

@@ -8,6 +8,7 @@ from microtron.accelerator import DEVICE_TYPE
 
 import pytest
 import torch
+from tiny_run import DENSE, TINY
 from torch.distributed.pipelining import schedules
 
 from microtron.cli import main
@@ -26,23 +27,6 @@ from microtron.scaling.plan import Stage, plan_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("train_configs/*.toml"))
-TINY = (
-    "--data.mock",
-    "--model.args.dim=64",
-    "--model.args.n_layers=4",
-    "--model.args.n_heads=8",
-    "--model.args.n_kv_heads=4",
-    "--model.args.head_dim=16",
-    "--model.args.vocab_size=136",
-    "--model.args.num_experts=8",
-    "--model.args.expert_dim=96",
-    "--model.args.hidden_dim=192",
-    "--model.args.window=32",
-    "--training.seq_len=128",
-    "--training.local_batch_size=8",
-    "--activation_checkpoint.selective_ac_option=op",
-)
-DENSE = "--model.args.num_experts=0"
 SHORT = {
     "ddp": "data_parallel_replicate_degree",
     "fsdp": "data_parallel_shard_degree",
