@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from microtron.errors import UserError
-from microtron.watchdog import LOST
+from microtron.watchdog import LOST, REMEDY
 
 GRACE_S = 5.0  # for ranks that lost a peer to leave by themselves
 LEAVING_S = 1800.0  # for ranks that save before they leave
@@ -132,6 +133,7 @@ class Meeting(RendezvousHandler):
             UserError: the nodes did not come together.
         """
         self.attempt += 1
+        self._tell()
         try:
             if self.store is None:
                 self.store = TCPStore(
@@ -156,6 +158,27 @@ class Meeting(RendezvousHandler):
         info = RendezvousStoreInfo(self.address, port)
         store = PrefixStore(f"attempt{self.attempt}", self.store)
         return RendezvousInfo(store, self.node, self.nodes, info)
+
+    def _tell(self) -> None:
+        """Nodes wait for each other in silence; the person at one of them should know for whom.
+
+        Raises:
+            UserError: there is no such host as node 0's.
+        """
+        if self.nodes == 1 or self.attempt > 0:
+            return
+        if self.node == 0:
+            where = f"of {self.nodes} waits for the others on port {self.port}"
+        else:
+            where = f"of {self.nodes} joins {self.address}:{self.port}; rank 0 speaks on node 0"
+            try:
+                socket.getaddrinfo(self.address, self.port)
+            except OSError as error:
+                raise UserError(
+                    f"MASTER_ADDR={self.address} is no host that this node knows "
+                    f"({error.strerror}): give the name or address of node 0"
+                ) from None
+        print(f"node {self.node} {where} (up to {JOIN_S / 60:.0f} min)", flush=True)
 
     def get_backend(self) -> str:
         return "microtron"
@@ -259,6 +282,7 @@ class Agent(LocalElasticAgent):
             return
         self._remaining_restarts = 0
         self.code = found["code"]
+        line += found.get("remedy", "")
         self.line = f"error: {line}" if line and not _TOLD.match(line.encode()) else line
 
     def _elsewhere(self) -> dict | None:
@@ -306,7 +330,8 @@ class Agent(LocalElasticAgent):
         killed = [r for r, c in codes.items() if c < 0 and c != -signal.SIGABRT]
         if killed:
             name = signal.Signals(-codes[killed[0]]).name
-            return cause | {"line": f"rank {killed[0]} was killed ({name}){self._log(killed[0])}"}
+            line = f"rank {killed[0]} was killed ({name}){self._log(killed[0])}"
+            return cause | {"line": line, "remedy": f"; {REMEDY}"}
         refused = sorted(r for r, c in codes.items() if c == 1 and told[r])
         spoken = refused or sorted(r for r in codes if told[r])
         if spoken:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -83,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         code = bind(getattr(importlib.import_module(module), function), argv[0], argv[1:])()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

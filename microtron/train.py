@@ -79,7 +79,7 @@ class Trainer(Stepper):
                     self._shorten_timeouts()
         log.info(
             f"{reason}: step {self.step}, {self.ntokens_seen:,} tokens, {clock(self.time_s)} of "
-            f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in all; "
+            f"training ({self.time_s:.1f} s), {clock(time.perf_counter() - began)} in this call; "
             f"results in {job.job.dump_folder}"
         )
         if self.stop_agreed:

@@ -36,7 +36,7 @@ _PEER = re.compile(
 _CLOSED = re.compile(r"Connection (closed|reset|refused)|Broken pipe|remote process exited")
 _WAITING = ("torch/distributed/", "torch/cuda/")  # a stack that ends here waits for others,
 _WORKING = "torch/distributed/checkpoint/filesystem"  # but not one that ends here
-_REMEDY = "the same command goes on from the newest whole checkpoint"
+REMEDY = "the same command goes on from the newest whole checkpoint"
 
 
 class Watchdog:
@@ -257,7 +257,7 @@ class Watchdog:
         where = f", at {first['where']}" if first["where"] else ""
         return (
             f"{_names([s['rank'] for s in guilty])} {state}: nothing moved for "
-            f"{first['still_s']:.0f} s ({first['phase']}{where}); {_REMEDY}, and steps that are "
+            f"{first['still_s']:.0f} s ({first['phase']}{where}); {REMEDY}, and steps that are "
             "healthy but slow need a higher comm.train_timeout_seconds"
         )
 
@@ -306,11 +306,11 @@ class Watchdog:
             return self._who_hangs(at_once=True)
         verb = ("is gone", "are gone") if closed else ("does not answer", "do not answer")
         names, phase = _names([s["rank"] for s in gone]), gone[0]["phase"]
-        return f"{names} {verb[len(gone) > 1]} (last seen: {phase}); {_REMEDY}"
+        return f"{names} {verb[len(gone) > 1]} (last seen: {phase}); {REMEDY}"
 
     def _lost_store(self) -> str:
         self._store = None
-        return f"{self._keeper}, which keeps the job's store, is gone or does not answer; {_REMEDY}"
+        return f"{self._keeper}, which keeps the job's store, is gone or does not answer; {REMEDY}"
 
     def _leave(self, told: str) -> None:
         """Ends this process; the first rank to come here prints."""

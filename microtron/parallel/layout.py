@@ -1,6 +1,6 @@
 """Which layouts can run, asked before any process group is built.
 
-A layout is seven degrees. Six span the ranks, in this order of the mesh: pipeline, replicas, data
+A layout is seven degrees. Five span the ranks, in this order of the mesh: pipeline, replicas, data
 shards, context, tensor; experts are spread anew over the ranks that data shards, context and tensor
 share (TorchTitan's sparse mesh: shards of experts = dp_shard x cp x tp / (ep x etp)).
 `problem` says why one cannot run; `check_layout` adds the nearest that can, found by trying all

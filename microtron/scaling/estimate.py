@@ -55,7 +55,11 @@ def estimate(
     """
     known = None if device in ("", "cpu") else devices.device(device)
     job = load(toml, list(set), device == "cpu")
-    plan = plan_of(job, ngpu or degrees(job), "cpu" if device == "cpu" else "cuda")
+    if ngpu is not None and ngpu < 1:
+        raise UserError(f"--ngpu {ngpu} is no number of ranks: give 1 or more, or leave it out")
+    plan = plan_of(
+        job, degrees(job) if ngpu is None else ngpu, "cpu" if device == "cpu" else "cuda"
+    )
     built = dryrun.compare(job, plan) if dry_run else []
     found = {"toml": str(toml), "set": list(set)} | numbers(plan, known)
     found["built_as_ranks"] = built

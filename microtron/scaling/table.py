@@ -67,7 +67,8 @@ def _rank(row: dict, plan: Plan, device: dict | None, of: int) -> list[str]:
     room = f"of {device['memory_bytes'] / GIB:.1f}" if device else ""
     if device and peak > device["memory_bytes"]:
         room += ": DOES NOT FIT"
-    lines.append(f"  {'at most':<20}{peak / GIB:>9.3f}  {room}".rstrip())
+    room = f"{room} (they do not all stand at once)".strip()
+    lines.append(f"  {'at most':<20}{peak / GIB:>9.3f}  {room}")
     if row["sent_bytes_a_step"]:
         lines.append(f"rank {row['rank']}, GiB sent a step")
     for item in row["sent_bytes_a_step"]:

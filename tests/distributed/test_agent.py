@@ -48,7 +48,12 @@ tell('error: rank 1 is gone')
 sys.exit({LOST})
 """
     log = f"{tmp_path}/log/rank1.log"
-    assert ranks(code) == (1, "", f"error: rank 1 was killed (SIGKILL); its log is {log}\n")
+    assert ranks(code) == (
+        1,
+        "",
+        f"error: rank 1 was killed (SIGKILL); its log is {log}; the same command goes on from the "
+        "newest whole checkpoint\n",
+    )
 
 
 def test_a_refusal_is_told_once_and_not_tried_again(ranks):

@@ -19,6 +19,7 @@ from microtron.checkpoints import choose_step
 from microtron.launch import log_folder
 
 ROOT = Path(__file__).parents[2]
+REMEDY = "; the same command goes on from the newest whole checkpoint"
 PLATFORM = ("RANK", "WORLD_SIZE", "NODE", "NNODES", "NGPU", "MASTER", "LOCAL", "SLURM", "MAX_REST")
 
 
@@ -113,6 +114,10 @@ def test_help_needs_no_launcher(installed):
         ({"NNODES": "2", "NODE_RANK": "0"}, ["NNODES=2 needs MASTER_ADDR", "host name of node 0"]),
         ({"NNODES": "2", "MASTER_ADDR": "a"}, ["NNODES=2 needs NODE_RANK"]),
         ({"NODE_RANK": "1"}, ["NODE_RANK=1 is not below NNODES=1"]),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "nowhere.invalid"},
+            ["MASTER_ADDR=nowhere.invalid is no host that this node knows", "address of node 0"],
+        ),
         ({"NGPU": "2", "MASTER_PORT": "99999"}, ["MASTER_PORT=99999"]),
         ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS='-1'"]),
         (
@@ -205,7 +210,9 @@ def test_killed_then_stopped_then_finished(installed, tmp_path, args, straight):
     began = time.monotonic()
     assert killed.wait() == 1 and time.monotonic() - began < 10
     log = killed.dump / "log" / "rank1.log"
-    assert killed.err.read_text() == f"error: rank 1 was killed (SIGKILL); its log is {log}\n"
+    assert (
+        killed.err.read_text() == f"error: rank 1 was killed (SIGKILL); its log is {log}{REMEDY}\n"
+    )
     assert log.exists()
     first = choose_step(killed.dump / "checkpoint")
     assert first % 10 == 0 and 10 <= first < 60
@@ -237,7 +244,9 @@ def test_two_nodes_and_a_restart(installed, tmp_path, args, straight):
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].told
     log = nodes[0].dump / "log" / "rank1.log"
     line = f"rank 1 was killed (SIGKILL); its log is {log}; restart 1 of 1\n"
-    assert nodes[1].err.read_text() == line and not nodes[1].out.read_text()
+    assert nodes[1].err.read_text() == line
+    there = f"node 1 of 2 joins 127.0.0.1:{port}; rank 0 speaks on node 0 (up to 15 min)\n"
+    assert nodes[1].out.read_text() == there
     assert nodes[0].err.read_text() == f"node 1 ended the job: {line}"
     assert "resumed from" in nodes[0].out.read_text()
     assert_same_contents(nodes[0].dump / "checkpoint" / "step-60", straight.step(60))
