@@ -54,13 +54,16 @@ class Forward:
         row = torch.zeros(vocab_size, device=tokens.device)
         if logits is not None and index // width == self.part.index:
             row += logits[0, index % width].float()
-        for name in ("cp", "pp"):
-            mesh = self.dims.get_optional_mesh(name)
-            if mesh is not None:
-                dist.all_reduce(row, group=mesh.get_group())
+        self.sum_over(row, "cp", "pp")
         if dist.get_world_size() > 1:
             dist.broadcast(row, 0)  # rounding must not let ranks choose different tokens
         return row
+
+    def sum_over(self, tensor: torch.Tensor, *names: str) -> None:
+        """In place, over the ranks of those meshes that this run has."""
+        for mesh in map(self.dims.get_optional_mesh, names):
+            if mesh is not None:
+                dist.all_reduce(tensor, group=mesh.get_group())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -136,10 +136,7 @@ class Stepper(titan.Trainer):
     def sum_of_loss(self, loss: torch.Tensor) -> float:
         """The run's loss from the parts of all ranks; the same on each of them."""
         loss = loss.clone()
-        for name in ("loss", "pp"):
-            mesh = self.parallel_dims.get_optional_mesh(name)
-            if mesh is not None:
-                dist.all_reduce(loss, group=mesh.get_group())
+        self.forward.sum_over(loss, "loss", "pp")
         return loss.item()
 
     def norm(self) -> torch.Tensor:

@@ -56,10 +56,7 @@ class Validator(BaseValidator):
             for input_dict, labels in loader:
                 totals += self._batch(forward, input_dict, labels, device)
         loader.close()
-        for name in ("loss", "pp"):
-            mesh = self.dims.get_optional_mesh(name)
-            if mesh is not None:
-                dist.all_reduce(totals, group=mesh.get_group())
+        forward.sum_over(totals, "loss", "pp")
         if dist.get_world_size() > 1:
             dist.broadcast(totals, 0)  # one verdict on val_target, whatever the rounding
         loss, tokens, byte_count = totals.tolist()

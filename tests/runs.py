@@ -51,7 +51,15 @@ def _server():
     return _context
 
 
-def _rank(argv, rank, world_size, port, folder, prepare):
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def become(rank, world_size, port):
+    """What a launcher sets for a rank, and one thread."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -60,12 +68,16 @@ def _rank(argv, rank, world_size, port, folder, prepare):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    torch.set_num_threads(1)
+
+
+def _rank(argv, rank, world_size, port, folder, prepare):
+    become(rank, world_size, port)
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    torch.set_num_threads(1)
     from microtron import train
 
     if prepare is not None:
@@ -80,9 +92,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.dump = folder, folder / "dump"
         argv = [*argv, f"--job.dump_folder={self.dump}"]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.ranks = [
             _server().Process(target=_rank, args=(argv, r, world_size, port, folder, prepare))
             for r in range(world_size)

@@ -49,6 +49,12 @@ def switch_loss(probs: torch.Tensor, fractions: torch.Tensor, tokens: int) -> to
     return probs.shape[-1] * (probs.sum(0) * fractions).sum() / tokens
 
 
+def count(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Tokens sent to each expert: experts [N, k] -> int64 [E], without the wait of a bincount."""
+    flat = experts.reshape(-1)
+    return flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+
+
 class Router(nn.Module):
     """x [N, dim] -> Routing."""
 
@@ -81,10 +87,7 @@ class Router(nn.Module):
         choice = logits if expert_bias is None else logits + expert_bias
         experts = choice.topk(self.top_k, dim=-1).indices
         weights = logits.gather(-1, experts).softmax(dim=-1)
-        flat = experts.reshape(-1)
-        counts = torch.zeros_like(load_fractions, dtype=torch.int64).scatter_add(
-            0, flat, torch.ones_like(flat)
-        )
+        counts = count(experts, self.num_experts)
         if self.training and torch.is_grad_enabled():
             loss = self._losses(logits, counts, load_fractions, step_tokens or x.shape[0])
             if loss is not None:

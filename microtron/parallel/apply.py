@@ -20,7 +20,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 
 from microtron import accelerator  # noqa: F401  (before torchtitan)
 from microtron.model.model import Transformer
-from microtron.parallel.dp import apply_dp
+from microtron.parallel.dp import apply_dp, wrapped
 from microtron.parallel.ep import apply_experts
 from microtron.parallel.tp import apply_tp
 from microtron.parallel.ulysses import apply_ulysses
@@ -48,8 +48,7 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
     model.init_seed = job.debug.seed
     model.place_parameter = place
     if dims.tp_enabled:
-        split_width = not dims.ep_enabled  # else ep.py has the experts
-        apply_tp(model, dims.get_mesh("tp"), dims.get_mesh("tp") if split_width else None)
+        apply_tp(model, dims.get_mesh("tp"), with_experts=not dims.ep_enabled)
     if dims.ep_enabled:
         mesh = dims.get_mesh(["ep", "etp"] if dims.etp_enabled else "ep")
         for block in model.layers.values():
@@ -66,7 +65,7 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
         )
     if job.compile.enable and "model" in job.compile.components:
         _compile(model, dims, job)
-    if dims.fsdp_enabled or dims.dp_replicate_enabled:
+    if wrapped(dims):
         apply_dp(model, dims, job)
     return model
 

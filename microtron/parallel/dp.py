@@ -69,9 +69,7 @@ def sum_at(last: bool, parts: list[nn.Module], dims: ParallelDims) -> None:
     """Before a micro-batch: whole copies (DDP, HSDP's replicas) sum their gradients at the last one
     of a step alone. (A pipeline sees to that itself.)
     """
-    for part in parts:
-        if not dims.dp_replicate_enabled:
-            return
+    for part in parts if dims.dp_replicate_enabled else ():
         if dims.fsdp_enabled:
             part.set_requires_all_reduce(last)
         else:
@@ -136,9 +134,14 @@ class _Wrap:
         return lambda parameter: Shard(0 if by_expert else 1)
 
 
+def wrapped(dims: ParallelDims) -> bool:
+    """Whether `apply_dp` wraps the model, and brings the compute dtype."""
+    return dims.fsdp_enabled or dims.dp_replicate_enabled
+
+
 def autocast_for(dims: ParallelDims, job: JobConfig) -> torch.dtype | None:
     """The dtype that autocast must bring where data parallel wrappers do not; None: none."""
-    if dims.fsdp_enabled or dims.dp_replicate_enabled:
+    if wrapped(dims):
         return None
     dtype = TORCH_DTYPE_MAP[job.training.mixed_precision_param]
     return None if dtype == torch.float32 else dtype

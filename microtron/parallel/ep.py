@@ -15,7 +15,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from microtron.model.experts import Experts
 from microtron.model.moe import MoE, by_expert, combine, dispatch
-from microtron.model.router import Routing
+from microtron.model.router import Routing, count
 from microtron.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from microtron.parallel.local import computing, distribute, with_local_parameters
 
@@ -53,8 +53,7 @@ class Exchange:
         tokens = all_gather(tokens, 0, self.etp)
         weights = all_gather(routing.weights, 0, self.etp)
         chosen = all_gather(routing.experts, 0, self.etp)
-        flat = chosen.reshape(-1)
-        counts = torch.zeros_like(routing.counts).scatter_add(0, flat, torch.ones_like(flat))
+        counts = count(chosen, routing.counts.numel())
         return tokens, Routing(weights, chosen, counts)
 
     def _across(self, tokens: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torchtitan.distributed import ParallelDims
 
 from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
-from microtron.parallel.dp import autocast_for
+from microtron.parallel.dp import autocast_for, wrapped
 from microtron.parallel.stages import module_names, split, stage_count
 
 V_SHAPED = ("ZBVZeroBubble",)  # a rank's second stage counts from the end
@@ -110,14 +110,13 @@ class _Shapes:
     @classmethod
     def of(cls, args: ModelArgs, dims: ParallelDims, job: JobConfig) -> "_Shapes":
         length = job.training.seq_len // dims.cp
-        wrapped = dims.fsdp_enabled or dims.dp_replicate_enabled
         param = TORCH_DTYPE_MAP[job.training.mixed_precision_param]
         return cls(
             job.parallelism.pipeline_parallel_microbatch_size,
             length,
             length // dims.tp,
             args.dim,
-            param if wrapped else TORCH_DTYPE_MAP[job.training.dtype],
+            param if wrapped(dims) else TORCH_DTYPE_MAP[job.training.dtype],
         )
 
     def tokens(self) -> torch.Tensor:
@@ -168,18 +167,18 @@ class Relay:
         dim = stage.submod.model_args.dim
         shape = (tokens.shape[0], tokens.shape[1] // self.tp, dim)
         x = torch.empty(shape, dtype=self.dtype, device=tokens.device)
-        self._exchange(dist.irecv, x, peer)[0].wait()
+        self._exchange(dist.irecv, x, peer).wait()
         return x
 
-    def _exchange(self, operation: Callable, x: torch.Tensor, peer: int) -> list[dist.Work]:
+    def _exchange(self, operation: Callable, x: torch.Tensor, peer: int) -> dist.Work:
         """As a batch of one, on the communicator that the schedule has opened."""
-        return dist.batch_isend_irecv([dist.P2POp(operation, x, peer, self.group)])
+        return dist.batch_isend_irecv([dist.P2POp(operation, x, peer, self.group)])[0]
 
     def _send(self, stage: PipelineStage, out: torch.Tensor) -> None:
         peer = self._peer(stage, stage.stage_index + 1)
         if peer is not None:
             out = out.detach().to(self.dtype).contiguous()
-            self.sending.append((self._exchange(dist.isend, out, peer)[0], out))
+            self.sending.append((self._exchange(dist.isend, out, peer), out))
         if len(self.sending) > 4:  # a few batches ahead at most
             self.sending.pop(0)[0].wait()
 

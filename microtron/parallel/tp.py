@@ -39,11 +39,11 @@ PLAN: tuple[tuple[str, Placement], ...] = (
 SEQUENCE = 1  # the dimension that is spread between products: [B, S, dim]
 
 
-def apply_tp(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh | None) -> None:
+def apply_tp(model: Transformer, mesh: DeviceMesh, with_experts: bool) -> None:
     """Spreads a model, or a pipeline stage, over the tp mesh.
 
     Args:
-        experts: the mesh that splits the experts' width; None: expert parallel has them.
+        with_experts: split the experts' width too; False where expert parallel has them.
     """
     group = mesh.get_group()
     for module_name, module in model.named_modules():
@@ -61,8 +61,8 @@ def apply_tp(model: Transformer, mesh: DeviceMesh, experts: DeviceMesh | None) -
         if not block.moe_enabled:
             _gather_input(block.feed_forward, group)
             _row_parallel(block.feed_forward.down, group)
-        elif experts is not None:
-            apply_experts(block.moe, experts, ep=False, etp=True)
+        elif with_experts:
+            apply_experts(block.moe, mesh, ep=False, etp=True)
         with_local_parameters(block, skip="moe.experts")
     if model.norm is not None:
         with_local_parameters(model.norm)

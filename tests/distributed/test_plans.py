@@ -4,7 +4,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 import warnings
@@ -13,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from runs import PRELOAD
+from runs import PRELOAD, become, free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MODEL = [
@@ -33,15 +32,7 @@ MODEL = [
 
 
 def _rank(check, argv, rank, ranks, port, folder, results):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
+    become(rank, ranks, port)
     from microtron.parse import parse
     from microtron.spec import register
     from microtron.train import Trainer
@@ -63,9 +54,7 @@ def on_ranks(ranks, check, argv, folder):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     results = context.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_rank, args=(check, argv, r, ranks, port, folder, results))
         for r in range(ranks)
