@@ -45,6 +45,10 @@ if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
 fi
 install -e "$here${extra:+[$extra]}"
 if [[ -n $extra ]]; then
+  # OpenAI's reference model, a second judge for the tests; it pins another Python and CUDA kernels,
+  # so it comes alone, and where it cannot be had its tests skip.
+  "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+    --no-deps --ignore-requires-python gpt-oss==0.0.9 >>"$log" 2>&1 || true
   echo "$want" >"$venv/.installed" # the extra includes the base
 fi
 echo "$want" >"$stamp"
