@@ -62,6 +62,24 @@ ON_CUDA = (
     "--training.seq_len=2048",
 )
 DENSE = "--model.args.num_experts=0"
+GPT2 = (
+    DENSE,
+    "--model.args.norm=layer",
+    "--model.args.positions=learned",
+    "--model.args.max_positions=2048",
+    "--model.args.activation=gelu",
+    "--model.args.sinks=false",
+    "--model.args.window_pattern=L",
+    "--model.args.n_kv_heads=8",
+)
+LLAMA = (
+    DENSE,
+    "--model.args.activation=swiglu",
+    "--model.args.sinks=false",
+    "--model.args.window_pattern=L",
+    "--model.args.attention_bias=false",
+    "--model.args.mlp_bias=false",
+)
 FULL, SELECTIVE = (f"--activation_checkpoint.mode={m}" for m in ("full", "selective"))
 SCHEDULE = "--parallelism.pipeline_parallel_schedule="
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")
@@ -83,6 +101,10 @@ CASES: list[tuple[str, dict[str, int], int, tuple[str, ...]]] = [
     ("dense", {}, 4, (DENSE,)),
     ("dense, selective", {}, 4, (DENSE, SELECTIVE)),
     ("dense, full", {}, 4, (DENSE, FULL)),
+    ("gpt2", {}, 4, GPT2),
+    ("gpt2, selective", {}, 4, (*GPT2, SELECTIVE)),
+    ("llama", {}, 4, LLAMA),
+    ("llama, selective", {}, 4, (*LLAMA, SELECTIVE)),
     ("windows only", {}, 4, (WINDOW,)),
     ("full attention only", {}, 4, (FULL_ATTENTION,)),
     ("sdpa", {}, 4, ("--model.args.attn_backend=sdpa",)),
@@ -110,6 +132,9 @@ CASES: list[tuple[str, dict[str, int], int, tuple[str, ...]]] = [
     ("pp2 x tp2, full", {"pp": 2, "tp": 2}, 8, (FULL,)),
     ("pp2 x fsdp2", {"pp": 2, "fsdp": 2}, 8, ()),
     ("fsdp2 x tp2", {"fsdp": 2, "tp": 2}, 4, ()),
+    ("tp2, gpt2", {"tp": 2}, 4, GPT2),
+    ("cp2, gpt2", {"cp": 2}, 4, GPT2),
+    ("tp2, llama", {"tp": 2}, 4, LLAMA),
 ]
 
 

@@ -51,6 +51,15 @@ def rows() -> list[tuple[str, str, str]]:
                 "train_step.py",
             )
         )
+    generate = load("generate")
+    told = "; ".join(
+        f"batch {row['batch']}: {row['tokens_per_s']['microtron']['median']:,.0f} tokens/s, "
+        f"{row['ratio']:.2f} times {row['peer']} "
+        f"({row['tokens_per_s'][row['peer']]['median']:,.0f})"
+        for row in generate["rows"]
+    )
+    what = f"generation, {generate['tokens']} new tokens, `small` shape, fp32, one thread"
+    found.append((what, told, "generate.py"))
     loader = max(
         max(r["thread"])
         for r in load("loader")["rows"]
@@ -76,6 +85,24 @@ def rows() -> list[tuple[str, str, str]]:
             f"{len(load('estimate')['rows'])} layouts: parameters and optimizer within "
             f"{off['parameters_optimizer']:.2f}%, activations within {off['activations']:.0f}%",
             "estimate.py",
+        )
+    )
+    convert = load("convert")
+    best, gated, peer = (
+        convert["rows"][n] for n in ("microtron, no gate", "microtron", "torch + transformers")
+    )
+    spent, needed = (
+        {n: row[key]["median"] for n, row in (("best", best), ("gated", gated), ("peer", peer))}
+        for key in ("seconds", "peak_bytes")
+    )
+    found.append(
+        (
+            f"`microtron convert to-hf`, {convert['parameters'] / 1e6:.0f}M parameters, "
+            "fp32 to bf16",
+            f"{spent['best']:.0f} s and {needed['best'] / 2**30:.1f} GiB at most, with the gate "
+            f"{spent['gated']:.0f} s and {needed['gated'] / 2**30:.1f}; torch's format_utils and "
+            f"save_pretrained {spent['peer']:.0f} s and {needed['peer'] / 2**30:.1f} GiB",
+            "convert.py",
         )
     )
     certificate = load("certificate")

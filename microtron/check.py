@@ -81,6 +81,15 @@ RULES: dict[str, Rule] = {
         lambda v: v != "async_with_pinned_mem" or DEVICE_TYPE == "cuda",
         "it needs CUDA; use async",
     ),
+    "checkpoint.initial_load_in_hf_quantized": (
+        lambda v: not v,
+        "convert the folder once by `microtron convert from-hf` and name the result in "
+        "checkpoint.initial_load_path",
+    ),
+    "checkpoint.last_save_in_hf": (
+        lambda v: not v or importlib.util.find_spec("transformers") is not None,
+        "the export is compared in transformers, which is not installed: pip install transformers",
+    ),
     "metrics.log_freq": _POSITIVE,
     "metrics.enable_wandb": (
         lambda v: not v or importlib.util.find_spec("wandb") is not None,
@@ -109,6 +118,11 @@ RULES: dict[str, Rule] = {
     "sample.tokens": _POSITIVE,
     "sample.temperature": (lambda v: v >= 0, "give 0 (greedy) or more"),
     "sample.top_k": (lambda v: v >= 0, "give 0 (all tokens) or more"),
+    "eval.hellaswag_freq": _POSITIVE,
+    "eval.hellaswag_examples": (
+        lambda v: v == -1 or v > 0,
+        "give a number of examples, or -1 for all",
+    ),
     "parallelism.disable_loss_parallel": (
         lambda v: not v,
         "under tensor parallelism the loss is always computed on shards; leave it out",
@@ -148,9 +162,6 @@ NOT_HERE = (
     "training.dataset",
     "training.dataset_path",
     "training.dataloader",
-    "checkpoint.initial_load_in_hf",
-    "checkpoint.initial_load_in_hf_quantized",
-    "checkpoint.last_save_in_hf",
     "checkpoint.create_seed_checkpoint",
     "checkpoint.enable_ft_dataloader_checkpoints",
     "comm.mode",
@@ -190,7 +201,7 @@ def check(job: JobConfig) -> None:
         )
     for name, (right, remedy) in RULES.items():
         require(right(operator.attrgetter(name)(job)), name, remedy)
-    resolved_args(job)
+    _check_lengths(job, require)
     data, validation, profiling = job.data, job.validation, job.profiling
     require(
         bool(data.dirs) or data.mock,
@@ -211,6 +222,29 @@ def check(job: JobConfig) -> None:
         validation.val_target is None or validation.enable,
         "validation.val_target",
         "set validation.enable = true, or there is no loss to compare with",
+    )
+    checkpoint = job.checkpoint
+    require(
+        not checkpoint.initial_load_in_hf or bool(checkpoint.initial_load_path),
+        "checkpoint.initial_load_in_hf",
+        "name the Hugging Face folder in checkpoint.initial_load_path",
+    )
+    require(
+        not checkpoint.initial_load_in_hf or checkpoint.initial_load_model_only,
+        "checkpoint.initial_load_model_only",
+        "a Hugging Face folder has no optimizer state; leave it out",
+    )
+    require(
+        not checkpoint.last_save_in_hf or (checkpoint.enable and not checkpoint.load_only),
+        "checkpoint.last_save_in_hf",
+        "it exports the last checkpoint, and none is saved: leave out checkpoint.enable and "
+        "checkpoint.load_only",
+    )
+    args = resolved_args(job)
+    require(
+        not checkpoint.last_save_in_hf or not args.moe or args.load_balance != "bias",
+        "checkpoint.last_save_in_hf",
+        "transformers has no selection bias: set model.args.load_balance = aux_loss",
     )
     total, steps = job.lr_scheduler.total_steps, job.training.steps
     require(
@@ -236,6 +270,23 @@ def check(job: JobConfig) -> None:
             job.compile.backend in torch.compiler.list_backends(None),
             "compile.backend",
             f"choose one of {', '.join(torch.compiler.list_backends())}",
+        )
+
+
+def _check_lengths(job: JobConfig, require: Callable[[bool, str, str], None]) -> None:
+    """Learned positions end with their table."""
+    args = resolved_args(job)
+    if args.positions == "rope":
+        return
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for name, length in lengths.items():
+        require(
+            length <= args.max_positions,
+            name,
+            f"positions are learned up to model.args.max_positions = {args.max_positions}: give "
+            "that or less",
         )
 
 

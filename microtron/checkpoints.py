@@ -4,7 +4,7 @@ TorchTitan's CheckpointManager writes and reads the steps (DCP). This page adds 
 a step folder counts only when its metadata is there and every shard is as long as the metadata
 says, others are skipped with a line; a step is never written into an older attempt's folder (a kill
 would leave old metadata beside new shards); and each step carries its architecture, compared before
-anything is loaded.
+anything is loaded, and its tokenizer, so that it can be read without the data it was trained on.
 """
 
 import contextlib
@@ -16,16 +16,19 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from microtron import dcp
+from microtron.data.tokenizers import TIKTOKEN_NAMES, Tokenizer, load_tokenizer
+from microtron.dcp import problem as problem_with
 from microtron.errors import UserError
 from microtron.model.args import ModelArgs
 
 log = logging.getLogger("microtron")
 
-IDENTITY = "microtron.json"
+IDENTITY, TOKENIZER = "microtron.json", "tokenizer"
 # Fields that change how a step is computed or trained, not what the weights mean.
 NOT_ARCHITECTURE = {
     "attn_backend",
@@ -52,28 +55,6 @@ def steps_in(folder: Path) -> dict[int, Path]:
         if p.is_dir() and (m := re.fullmatch(r"step-(\d+)", p.name))
     }
     return dict(sorted(found.items()))
-
-
-def problem_with(step_folder: Path) -> str | None:
-    """Why a step folder cannot be loaded; None: it looks whole."""
-    if not (step_folder / ".metadata").is_file():
-        return "half-written (no .metadata)"
-    try:
-        metadata = FileSystemReader(step_folder).read_metadata()
-        ends: dict[str, int] = {}
-        for info in metadata.storage_data.values():
-            ends[info.relative_path] = max(
-                ends.get(info.relative_path, 0), info.offset + info.length
-            )
-    except Exception as error:  # whatever unpickling damaged bytes raises
-        return f"unreadable .metadata ({type(error).__name__})"
-    for name, end in ends.items():
-        shard = step_folder / name
-        if not shard.is_file():
-            return f"shard {name} is missing"
-        if shard.stat().st_size < end:
-            return f"shard {name} is truncated ({shard.stat().st_size:,} of {end:,} bytes)"
-    return None
 
 
 def choose_step(folder: Path, wanted: int = -1) -> int:
@@ -122,42 +103,159 @@ def clear(step_folder: Path) -> None:
     shutil.rmtree(step_folder, ignore_errors=True)
 
 
+def find_step(path: str | Path) -> Path:
+    """The step that a person means: the folder itself, or the newest whole one of a run.
+
+    ``path``: a step, a ``checkpoint`` folder, or the dump folder of a run.
+
+    Raises:
+        UserError: there is none that is whole.
+    """
+    path = Path(path)
+    if (path / ".metadata").exists() or re.fullmatch(r"step-\d+", path.name):
+        problem = problem_with(path)
+        if problem:
+            raise UserError(f"checkpoint {path} is {problem}; name another step")
+        return path
+    folder = path if steps_in(path) else path / "checkpoint"
+    step = choose_step(folder) if folder.is_dir() else -1
+    if step < 0:
+        what = "does not exist" if not path.exists() else "holds no whole checkpoint"
+        hf = (path / "config.json").is_file()
+        raise UserError(
+            f"{path} {what}{': it is a Hugging Face folder' if hf else ''}; name a "
+            "checkpoint/step-N folder"
+            f"{', or make one with `microtron convert from-hf`' if hf else ' or the run it is in'}"
+        )
+    return folder / f"step-{step}"
+
+
 def write_identity(
-    step_folder: Path, args: ModelArgs, job: object, facts: dict[str, object]
+    step_folder: Path, args: ModelArgs, tokenizer: Tokenizer | None, facts: dict[str, object]
 ) -> None:
-    """Writes the architecture and the run's facts beside the shards, before they are written."""
-    run = {"flavor": job.model.flavor, "data": job.data.dirs, "seq_len": job.training.seq_len}
+    """Writes architecture, facts of the run and the tokenizer beside the shards, before these."""
     step_folder.mkdir(parents=True, exist_ok=True)
-    identity = {"model_args": dataclasses.asdict(args), **run, **facts}
+    identity = {"model_args": dataclasses.asdict(args), "tokenizer": None, **facts}
+    if tokenizer is not None:
+        identity["tokenizer"] = {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        }
+        tokenizer.save(step_folder / TOKENIZER)
     (step_folder / IDENTITY).write_text(json.dumps(identity, indent=1) + "\n")
 
 
-def check_identity(step_folder: Path, args: ModelArgs) -> None:
-    """Refuses a checkpoint of another architecture.
+def identity(step_folder: Path) -> dict[str, Any]:
+    """What a step says of itself: model_args, step, tokens, tokenizer and facts of its run.
 
     Raises:
-        UserError: with the fields that differ and both values.
+        UserError: another tool wrote it, or the file is damaged.
     """
+    path = step_folder / IDENTITY
     try:
-        saved = dict(json.loads((step_folder / IDENTITY).read_text())["model_args"])
+        found = json.loads(path.read_text())
+        dict(found["model_args"])
+        return found
     except FileNotFoundError:
-        return  # written by another tool; DCP compares the shapes
+        raise UserError(
+            f"{step_folder} has no {IDENTITY}, which says what the weights mean: it is not a "
+            "checkpoint of microtron; copy the whole folder"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"cannot read {step_folder / IDENTITY} ({type(error).__name__}: {error}); "
+            f"cannot read {path} ({type(error).__name__}: {error}); "
             "move the step away or restore the file"
         ) from None
+
+
+def architecture(step_folder: Path) -> ModelArgs:
+    """The architecture of a step; how it is computed is left to the reader (backends ``auto``).
+
+    Raises:
+        UserError: as `identity`, or a field is not known here.
+    """
+    saved = identity(step_folder)["model_args"]
+    auto = {"attn_backend": "auto", "experts_backend": "auto"}
+    try:
+        return ModelArgs().override({**saved, **auto})
+    except UserError as error:
+        raise UserError(f"{step_folder / IDENTITY}: {error}") from None
+
+
+def load_step_tokenizer(step_folder: Path) -> Tokenizer | None:
+    """The tokenizer that a step was trained with, from its own files; None where it names none.
+
+    Raises:
+        UserError: its files are missing, or give another tokenizer.
+    """
+    told = identity(step_folder).get("tokenizer")
+    if isinstance(told, str):  # steps saved before they carried it
+        return load_tokenizer(told) if told in ("byte", *TIKTOKEN_NAMES) else None
+    if not told:
+        return None
+    tokenizer = load_tokenizer(told["name"], step_folder / TOKENIZER)
+    if tokenizer.fingerprint != told["fingerprint"]:
+        raise UserError(
+            f"the tokenizer in {step_folder} is not the one it was trained with (fingerprint "
+            f"{tokenizer.fingerprint}, {IDENTITY} says {told['fingerprint']}): copy the step again"
+        )
+    return tokenizer
+
+
+def check_step(step_folder: Path, args: ModelArgs) -> None:
+    """Refuses a whole step that a run must not load.
+
+    Raises:
+        UserError: it is of another architecture (the fields that differ, with both values), or
+            would build foreign objects.
+    """
+    dcp.check_bytes(step_folder)
+    if not (step_folder / IDENTITY).exists():
+        return  # written by another tool; DCP compares the shapes
+    told = differing(identity(step_folder)["model_args"], args)
+    if told:
+        raise UserError(
+            f"{step_folder} holds another architecture ({told}): set these fields back, or choose "
+            "another --job.dump_folder"
+        )
+
+
+def differing(saved: dict[str, Any], args: ModelArgs) -> str:
+    """The fields of an architecture that differ, with both values; "" where none does.
+
+    Fields that mean nothing in this architecture (a window where no layer has one) may differ.
+    """
     now = dataclasses.asdict(args)
-    differing = [
+    left_out = NOT_ARCHITECTURE | _idle(args)
+
+    def pattern(letters: object) -> object:
+        return letters if not letters else (str(letters) * args.n_layers)[: args.n_layers]
+
+    return "; ".join(
         f"{k} {saved[k]!r} there, {now[k]!r} here"
         for k in now
-        if k in saved and k not in NOT_ARCHITECTURE and saved[k] != now[k]
-    ]
-    if differing:
-        raise UserError(
-            f"{step_folder} holds another architecture ({'; '.join(differing)}): set these "
-            "fields back, or choose another --job.dump_folder"
-        )
+        if k in saved
+        and k not in left_out
+        and saved[k] != now[k]
+        and not (k == "window_pattern" and pattern(saved[k]) == pattern(now[k]))
+    )
+
+
+def _idle(args: ModelArgs) -> set[str]:
+    """Fields that nothing is computed from."""
+    idle = {"hidden_dim"} if args.moe else {"top_k", "expert_dim"}
+    if args.activation != "clamped_swiglu":
+        idle |= {"swiglu_alpha", "swiglu_limit"}
+    if all(args.mask_kind(layer) == "full" for layer in range(args.n_layers)):
+        idle |= {"window"}
+    extension = {"rope_original_len", "rope_scaling", "rope_beta_fast", "rope_beta_slow"}
+    if args.positions != "rope":
+        idle |= {"rope_theta", "rope_factor", *extension}
+    elif args.rope_factor == 1:
+        idle |= extension
+    return idle
 
 
 def check_initial(step_folder: Path, args: ModelArgs) -> None:
@@ -168,11 +266,13 @@ def check_initial(step_folder: Path, args: ModelArgs) -> None:
     """
     problem = problem_with(step_folder) if step_folder.is_dir() else "not there"
     if problem:
+        remedy = "name a whole checkpoint/step-N folder"
+        if (step_folder / "config.json").is_file():
+            remedy = "for a Hugging Face folder, add --checkpoint.initial_load_in_hf"
         raise UserError(
-            f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: name a "
-            "whole checkpoint/step-N folder"
+            f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: {remedy}"
         )
-    check_identity(step_folder, args)
+    check_step(step_folder, args)
 
 
 @contextlib.contextmanager

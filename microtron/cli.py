@@ -31,6 +31,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "microtron.certificate.certify:certify",
         "compare every parallel layout with one process",
     ),
+    "convert to-hf": (
+        "microtron.hf.to_hf:to_hf",
+        "a checkpoint -> a Hugging Face folder, checked in transformers",
+    ),
+    "convert from-hf": (
+        "microtron.hf.from_hf:from_hf",
+        "a Hugging Face folder (gpt-oss, GPT-2, Llama) -> a checkpoint",
+    ),
+    "generate": ("microtron.infer.generate:generate", "continue a prompt"),
+    "chat": ("microtron.infer.chat:chat", "talk with a checkpoint"),
+    "eval": ("microtron.evals.run:evaluate", "scores, beside GPT-2's"),
+    "push": ("microtron.hf.push:push", "upload an exported folder to the Hugging Face hub"),
 }
 
 
@@ -76,12 +88,14 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command, options = " ".join(argv[:words]), argv[words:]
+    if command not in COMMANDS:
+        print(f"error: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module, function = COMMANDS[argv[0]][0].split(":")
+    module, function = COMMANDS[command][0].split(":")
     try:
-        code = bind(getattr(importlib.import_module(module), function), argv[0], argv[1:])()
+        code = bind(getattr(importlib.import_module(module), function), command, options)()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

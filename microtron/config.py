@@ -1,10 +1,10 @@
 """What microtron adds to TorchTitan's JobConfig, and how a TOML and a command line become one.
 
-TorchTitan merges the ``JobConfig`` below into its own (``[job] custom_config_module``). ``[data]``
-and ``[sample]`` are new; a few of TorchTitan's own sections get more fields or better defaults
-here. ``[model.args]`` holds every field of ModelArgs, generated from it. Values are checked before
-anything is built, each mistake told in one line (`check.py`). See all options: ``./run_train.sh
---help``.
+TorchTitan merges the ``JobConfig`` below into its own (``[job] custom_config_module``). ``[data]``,
+``[sample]`` and ``[eval]`` are new; a few of TorchTitan's own sections get more fields or better
+defaults here. ``[model.args]`` holds every field of ModelArgs, generated from it. Values are
+checked before anything is built, each mistake told in one line (`check.py`). See all options:
+``./run_train.sh --help``.
 """
 
 import dataclasses
@@ -67,6 +67,10 @@ class Optimizer:
 class Checkpoint:
     enable: bool = True
     """Save checkpoints and resume from the newest."""
+    initial_load_in_hf: bool = False
+    """initial_load_path is a Hugging Face folder: gpt-oss, GPT-2 or Llama."""
+    last_save_in_hf: bool = False
+    """After the last step, export it to hf/ in the run's folder, compared in transformers."""
     last_save_model_only: bool = False
     """Drop the optimizer from the last step: smaller, but it cannot be resumed."""
     keep_latest_k: int = 3
@@ -142,6 +146,16 @@ class Sample:
 
 
 @dataclass
+class Eval:
+    hellaswag: str = ""
+    """HellaSwag's validation jsonl: asked while training; empty: never."""
+    hellaswag_freq: int = 1000
+    """Ask every so many steps, and after the last one."""
+    hellaswag_examples: int = -1
+    """The first so many examples of the file; -1: all."""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
@@ -153,6 +167,7 @@ class JobConfig:
     debug: Debug = field(default_factory=Debug)
     data: Data = field(default_factory=Data)
     sample: Sample = field(default_factory=Sample)
+    eval: Eval = field(default_factory=Eval)
 
 
 def overrides(job: Any) -> dict[str, Any]:

@@ -65,12 +65,59 @@ def _gpt_oss_120b() -> ModelArgs:
     return _gpt_oss(n_layers=36, num_experts=128)
 
 
+def _gpt2(n_layers: int, n_heads: int) -> ModelArgs:
+    """As published (Radford et al. 2019); a vocabulary of GPT2_VOCAB can be split over ranks."""
+    dim = 64 * n_heads
+    return ModelArgs(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=64,
+        vocab_size=50257,
+        tie_embeddings=True,
+        norm="layer",
+        positions="learned",
+        max_positions=1024,
+        activation="gelu",
+        sinks=False,
+        window_pattern="L",
+        num_experts=0,
+        hidden_dim=4 * dim,
+        embed_std=0.02,
+    )
+
+
+def _gpt2_124m() -> ModelArgs:
+    """GPT-2 (small): 124.4M parameters, a tied head counted once."""
+    return _gpt2(n_layers=12, n_heads=12)
+
+
+def _gpt2_355m() -> ModelArgs:
+    """GPT-2 Medium: 354.8M parameters."""
+    return _gpt2(n_layers=24, n_heads=16)
+
+
+def _gpt2_774m() -> ModelArgs:
+    """GPT-2 Large, the baseline to beat: 774.0M parameters."""
+    return _gpt2(n_layers=36, n_heads=20)
+
+
+def _gpt2_1558m() -> ModelArgs:
+    """GPT-2 XL: 1,557.6M parameters."""
+    return _gpt2(n_layers=48, n_heads=25)
+
+
 FLAVORS: dict[str, Callable[[], ModelArgs]] = {
     "debug": _debug,
     "gpt_oss_656m": _gpt_oss_656m,
     "gpt_oss_656m_dense": _gpt_oss_656m_dense,
     "gpt_oss_20b": _gpt_oss_20b,
     "gpt_oss_120b": _gpt_oss_120b,
+    "gpt2_124m": _gpt2_124m,
+    "gpt2_355m": _gpt2_355m,
+    "gpt2_774m": _gpt2_774m,
+    "gpt2_1558m": _gpt2_1558m,
 }
 
 

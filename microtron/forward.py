@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torchtitan.distributed import ParallelDims
 
 from microtron import accelerator
 from microtron.batch import Part, model_inputs
+from microtron.model.head import IGNORE
 from microtron.parallel.dp import reshard
 
 
@@ -58,6 +60,21 @@ class Forward:
         if dist.get_world_size() > 1:
             dist.broadcast(row, 0)  # rounding must not let ranks choose different tokens
         return row
+
+    def row_scores(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each row's labels, summed: tokens, labels [B, S] -> fp64 [B].
+
+        This rank's part of it: the sum over cp and pp is the whole. ``IGNORE`` counts nothing.
+        """
+        logits = self({"input": tokens})
+        scores = torch.zeros(tokens.shape[0], dtype=torch.float64, device=tokens.device)
+        if logits is None:
+            return scores
+        labels = labels.chunk(self.part.parts, dim=1)[self.part.index]
+        for row, (raw, wanted) in enumerate(zip(logits, labels, strict=True)):
+            raw, wanted = raw[wanted != IGNORE].float(), wanted[wanted != IGNORE]
+            scores[row] = -F.cross_entropy(raw, wanted, reduction="sum")
+        return scores
 
     def sum_over(self, tensor: torch.Tensor, *names: str) -> None:
         """In place, over the ranks of those meshes that this run has."""

@@ -1,7 +1,8 @@
 """What a run tells: console lines, metrics.jsonl, and TensorBoard or W&B by option.
 
 One JSON object a line: ``step, loss, grad_norm, lr, tokens, tps, mfu, tflops, memory_gib, time_s,
-data_percent`` and the expert load; validation lines hold ``step, val_loss, val_bpb, val_tokens``.
+data_percent`` and the expert load; validation lines hold ``step, val_loss, val_bpb, val_tokens``,
+HellaSwag's ``step, hellaswag_acc, hellaswag_acc_norm``.
 ``tokens`` and ``tps`` are of the whole run, ``mfu`` and ``tflops`` of one device, ``memory_gib`` of
 the rank with the most, ``time_s`` is time spent training (validation, samples and checkpoints left
 out). On CPU the MFU is relative to a measured matrix product.

@@ -15,6 +15,7 @@ from microtron.data.loader import MockLoader, TokenLoader
 from microtron.data.tokenizers import Tokenizer, load_dataset_tokenizer
 from microtron.errors import UserError
 from microtron.flavors import FLAVORS, flavor
+from microtron.hf.adapter import Adapter
 from microtron.loss import build_loss
 from microtron.metrics import build_metrics
 from microtron.model import accounting
@@ -130,4 +131,5 @@ def get_train_spec() -> TrainSpec:
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
+        state_dict_adapter=Adapter,
     )

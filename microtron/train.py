@@ -8,6 +8,7 @@ TorchTitan builds the parts that `spec.py` names (model, mesh, optimizer, loader
 before they leave, and resume.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,9 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
 
 from microtron import checkpoints
+from microtron.evals.during import HellaSwag
+from microtron.hf.adapter import check_folder
+from microtron.hf.keys import architecture
 from microtron.metrics import Stopwatch, clock
 from microtron.profiling import profilers
 from microtron.sample import sample
@@ -41,6 +45,13 @@ class Trainer(Stepper):
         self.watchdog = watchdog or Watchdog()
         self.time_s = 0.0  # training alone
         self.saved_step = -1
+        if job.checkpoint.last_save_in_hf:
+            architecture(self.model_args)  # refused now rather than after the last step
+            self.checkpointer.last_save_in_hf = False  # `export` does it, beside a whole step
+        asked = bool(job.eval.hellaswag)
+        self.hellaswag = (
+            HellaSwag(job.eval, self.tokenizer, job.training.seq_len) if asked else None
+        )
 
     def train(self) -> None:
         """Runs to the last step, the target or a signal.
@@ -103,6 +114,11 @@ class Trainer(Stepper):
             target = job.validation.val_target
             if target is not None and result["val_loss"] <= target:
                 reason = f"validation loss {result['val_loss']:.4f} reached the target {target}"
+        if self.hellaswag and not leaving and (reason or step % job.eval.hellaswag_freq == 0):
+            self.watchdog.beat(f"HellaSwag after step {step}", long=True)
+            self.hellaswag.report(
+                step, self.forward, self.maybe_enable_amp, self.metrics_processor.write
+            )
         if job.sample.freq and not leaving and (reason or step % job.sample.freq == 0):
             self._sample()
         self._save(last=bool(reason))
@@ -159,9 +175,7 @@ class Trainer(Stepper):
         with checkpoints.saving(folder):
             if dist.get_rank() == 0:
                 checkpoints.clear(folder)
-                name = self.tokenizer.name if self.tokenizer else None
-                facts = {"step": self.step, "tokens": self.ntokens_seen, "tokenizer": name}
-                checkpoints.write_identity(folder, self.model_args, self.job_config, facts)
+                checkpoints.write_identity(folder, self.model_args, self.tokenizer, self._facts())
             dist.barrier()
             self.checkpointer.save(self.step, last_step=last)
             if last and self.checkpointer.save_future is not None:
@@ -169,6 +183,17 @@ class Trainer(Stepper):
         self.checkpointer._purge_stale_checkpoints()  # TorchTitan forgets it after the last step
         self.saved_step = self.step
         log.info(f"step {self.step} | checkpoint {folder}")
+
+    def _facts(self) -> dict[str, object]:
+        """What a step tells of its run."""
+        job = self.job_config
+        return {
+            "step": self.step,
+            "tokens": self.ntokens_seen,
+            "flavor": job.model.flavor,
+            "data": job.data.dirs,
+            "seq_len": job.training.seq_len,
+        }
 
     def _step_folder(self, step: int) -> Path:
         return Path(self.checkpointer.folder) / f"step-{step}"
@@ -184,8 +209,10 @@ class Trainer(Stepper):
             folder = Path(self.checkpointer.folder)
             step = checkpoints.choose_step(folder, options.load_step)
             if step >= 0:
-                checkpoints.check_identity(folder / f"step-{step}", self.model_args)
+                checkpoints.check_step(folder / f"step-{step}", self.model_args)
                 self._load(step)
+            elif options.initial_load_in_hf:
+                check_folder(options.initial_load_path, self.model_args)
             elif options.initial_load_path:
                 checkpoints.check_initial(Path(options.initial_load_path), self.model_args)
             dist.barrier()  # every rank has looked before rank 0 moves anything
@@ -285,7 +312,8 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
         if requested:
             return 128 + requested[0]
         trainer.resume()
-        if rank == 0 and trainer.step < job.training.steps:
+        unfinished = trainer.step < job.training.steps
+        if rank == 0 and unfinished:
             write_config(folder / "config.toml", job.to_dict())
         trainer.train()
     except Exception as error:
@@ -296,7 +324,31 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
             trainer.close()
         watchdog.close()
     dist.destroy_process_group()
+    wanted = job.checkpoint.last_save_in_hf and (unfinished or not (folder / "hf").exists())
+    if wanted and rank == 0:
+        last = trainer._step_folder(trainer.saved_step)
+        del trainer  # its memory is wanted
+        export(last, folder / "hf", job.checkpoint.export_dtype)
     return 0
+
+
+def export(step: Path, out: Path, dtype: str) -> None:
+    """Writes the last step as a Hugging Face folder, when nobody waits for this rank any more.
+
+    Raises:
+        UserError: it could not, or transformers computes something else.
+    """
+    from microtron.hf import to_hf
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    gc.collect()  # the trainer; TorchTitan has switched the automatic collection off
+    log.info(f"exporting {step} to {out}")
+    to_hf.export(step, out, dtype=dtype, overwrite=True)
+    log.info(f"exported {step} to {out}, for transformers")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,30 @@ TINY = {
     "load_balance": "none",
 }
 
+# The dense shapes of two other families; to be added to TINY.
+GPT2 = {
+    "norm": "layer",
+    "positions": "learned",
+    "max_positions": 64,
+    "activation": "gelu",
+    "sinks": False,
+    "window_pattern": "L",
+    "tie_embeddings": True,
+    "dim": 64,  # which the heads share out
+    "n_kv_heads": 4,
+    "num_experts": 0,
+    "hidden_dim": 72,
+}
+LLAMA = {
+    "activation": "swiglu",
+    "sinks": False,
+    "window_pattern": "L",
+    "num_experts": 0,
+    "hidden_dim": 72,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
 
 def tiny_args(**overrides):
     """ModelArgs of a model that runs in milliseconds."""

@@ -47,6 +47,30 @@ RUN = (
     "--data.mock",
 )
 DENSE = ("--model.args.num_experts=0",)
+# GPT-2's shape with a head of its own, as a pipeline needs; Llama's with its extended RoPE.
+GPT2 = (
+    *DENSE,
+    "--model.args.norm=layer",
+    "--model.args.positions=learned",
+    "--model.args.max_positions=40",
+    "--model.args.activation=gelu",
+    "--model.args.sinks=false",
+    "--model.args.window_pattern=L",
+    "--model.args.n_kv_heads=8",
+)
+TIED = ("--model.args.tie_embeddings=true",)
+LLAMA = (
+    *DENSE,
+    "--model.args.activation=swiglu",
+    "--model.args.sinks=false",
+    "--model.args.window_pattern=L",
+    "--model.args.attention_bias=false",
+    "--model.args.mlp_bias=false",
+    "--model.args.rope_scaling=llama3",
+    "--model.args.rope_factor=4",
+    "--model.args.rope_original_len=512",
+    "--model.args.rope_beta_fast=4",
+)
 DOCUMENTS = ("--data.document_mask", "--data.eot_id=3")
 EIGHT_LAYERS = ("--model.args.n_layers=8",)
 SHORT = {
@@ -169,8 +193,8 @@ def all_cases() -> list[Case]:
         {"name": "ac selective x tp2", "tp": 2, "extra": (selective,)},
         {"name": "ac full x cp2 x tp2", "cp": 2, "tp": 2, "extra": (full,)},
         {"name": "bias balancing x fsdp2", "shard": 2, "run": ("--model.args.load_balance=bias",)},
-        {"name": "tied head x tp2", "tp": 2, "run": ("--model.args.tie_embeddings=true",)},
-        {"name": "tied head x fsdp2", "shard": 2, "run": ("--model.args.tie_embeddings=true",)},
+        {"name": "tied head x tp2", "tp": 2, "run": TIED},
+        {"name": "tied head x fsdp2", "shard": 2, "run": TIED},
         {"name": "qk-norm x tp2", "tp": 2, "run": ("--model.args.qk_norm=true",)},
         {"name": "pp2 x fsdp2 x cp2", "pp": 2, "shard": 2, "cp": 2},
         {"name": "hsdp 2x2 x tp2", "replicate": 2, "shard": 2, "tp": 2},
@@ -193,7 +217,20 @@ def all_cases() -> list[Case]:
             "run": ("--model.args.load_balance=bias",),
         },
     ]
-    cases = [case(**options) for options in both + moe]
+    shapes = [
+        {"name": "gpt2 x fsdp2", "shard": 2, "run": GPT2},
+        {"name": "gpt2 x ddp2", "replicate": 2, "run": GPT2},
+        {"name": "gpt2 x tp2", "tp": 2, "run": GPT2},
+        {"name": "gpt2 x cp2", "cp": 2, "run": GPT2},
+        {"name": "gpt2 x cp2 x tp2", "cp": 2, "tp": 2, "run": GPT2},
+        {"name": "gpt2 x pp2", "pp": 2, "run": GPT2},
+        {"name": "gpt2 documents x cp2", "cp": 2, "run": (*GPT2, *DOCUMENTS)},
+        {"name": "gpt2 tied x fsdp2", "shard": 2, "run": (*GPT2, *TIED)},
+        {"name": "gpt2 tied x tp2", "tp": 2, "run": (*GPT2, *TIED)},
+        {"name": "llama x fsdp2", "shard": 2, "run": LLAMA},
+        {"name": "llama x tp2", "tp": 2, "run": LLAMA},
+    ]
+    cases = [case(**options) for options in both + moe + shapes]
     for options in both:
         name, run = options["name"], options.get("run", ())
         cases.append(case(**{**options, "name": f"{name}, dense", "run": (*run, *DENSE)}))

@@ -13,6 +13,6 @@ def import_package(module: str) -> Any:  # noqa: ANN401
     except ImportError as error:
         package = module.partition(".")[0]
         raise UserError(
-            f"this source or tokenizer needs the package {package!r} ({error}); pip install "
+            f"this needs the package {package!r}, which cannot be imported ({error}); pip install "
             f"{package}"
         ) from error

@@ -47,6 +47,12 @@ class Tokenizer(ABC):
         """The bytes that each id stands for [vocab_size]; special and unused ids have none."""
 
     @property
+    def prefix_ids(self) -> list[int]:
+        """What stands before a text that begins a document: eot, unless the tokenizer's file says
+        otherwise."""
+        return [self.eot_id]
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """16 hex digits of a sha256 over what defines the mapping."""

@@ -20,7 +20,7 @@ from typing import Any
 from microtron.data.optional import import_package
 from microtron.data.sources import documents
 from microtron.data.tokenizers import EOT, write_file
-from microtron.data.tokenizers_bpe import byte_alphabet, save_encoding
+from microtron.data.tokenizers_bpe import begins_with_eot, byte_alphabet, save_encoding, to_text
 from microtron.errors import UserError
 
 # OpenAI's o200k pattern (github.com/openai/tiktoken, openai_public.py): words with their leading
@@ -150,6 +150,8 @@ def _save(tokenizer: Any, out: Path) -> None:  # noqa: ANN401
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOT,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
     }
-    write_file(out, "tokenizer_config.json", json.dumps(config, indent=1).encode())
-    write_file(out, "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_file(out, "tokenizer_config.json", to_text(config))
+    fields = begins_with_eot(json.loads(tokenizer.to_str()), EOT, special[EOT])
+    write_file(out, "tokenizer.json", to_text(fields))

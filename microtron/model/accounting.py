@@ -47,22 +47,33 @@ def count_parameters(args: ModelArgs) -> Parameters:
     q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     attention = args.dim * (2 * q + 2 * kv)
     attention += (q + 2 * kv + args.dim) * args.attention_bias + args.n_heads * args.sinks
-    norms = 2 * args.dim + 2 * args.head_dim * args.qk_norm
-    width = args.expert_dim if args.moe else args.hidden_dim
-    one = 3 * args.dim * width + (2 * width + args.dim) * args.mlp_bias
+    norm = norm_parameters(args)
+    norms = 2 * norm + 2 * args.head_dim * args.qk_norm
+    width, inward = args.expert_dim if args.moe else args.hidden_dim, _products(args) - 1
+    one = (inward + 1) * args.dim * width + (inward * width + args.dim) * args.mlp_bias
     router = (args.dim + 1) * args.num_experts
     everything, active = (
         (router + args.num_experts * one, router + args.top_k * one) if args.moe else (one, one)
     )
     table = args.vocab_size * args.dim
     return Parameters(
-        embedding=table,
+        embedding=table + args.max_positions * args.dim,
         attention=args.n_layers * attention,
         feed_forward=args.n_layers * everything,
-        norms=args.n_layers * norms + args.dim,
+        norms=args.n_layers * norms + norm,
         head=0 if args.tie_embeddings else table,
         feed_forward_active=args.n_layers * active,
     )
+
+
+def norm_parameters(args: ModelArgs) -> int:
+    """Of one norm of the residual stream: a weight, and for LayerNorm a bias."""
+    return args.dim * (2 if args.norm == "layer" else 1)
+
+
+def _products(args: ModelArgs) -> int:
+    """Products of a feed-forward: gate, up and down, or without a gate."""
+    return 2 if args.activation == "gelu" else 3
 
 
 def flops_per_token(args: ModelArgs, seq_len: int) -> dict[str, float]:
@@ -81,7 +92,7 @@ def layer_flops(args: ModelArgs, layer: int, seq_len: int) -> dict[str, float]:
     multiply_adds = {
         "projections": args.dim * (2 * q + 2 * kv),
         "scores": 2 * q * mean_keys(args, layer, seq_len),
-        "feed_forward": 3 * args.dim * width,
+        "feed_forward": _products(args) * args.dim * width,
         "router": args.dim * args.num_experts,
     }
     return {part: 6.0 * n for part, n in multiply_adds.items()}

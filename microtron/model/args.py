@@ -15,7 +15,8 @@ from microtron.errors import UserError
 
 @dataclass
 class ModelArgs:
-    """A decoder-only transformer, gpt-oss style (arXiv:2508.10925) unless told otherwise.
+    """A decoder-only transformer, gpt-oss style (arXiv:2508.10925) unless told otherwise; GPT-2's
+    and Llama's shapes are choices of its fields.
 
     Raises:
         UserError: a field is out of range or two fields contradict each other.
@@ -29,8 +30,10 @@ class ModelArgs:
     """Rows of the embedding and of the head; at least the tokenizer's size."""
     tie_embeddings: bool = False
     """Let the head share the embedding's weights."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm (arXiv:1910.07467), or LayerNorm with a bias (arXiv:1607.06450; GPT-2)."""
     norm_eps: float = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every norm."""
 
     n_heads: int = 4
     """Query heads."""
@@ -51,17 +54,26 @@ class ModelArgs:
     attn_backend: Literal["auto", "eager", "sdpa", "flex", "blocked"] = "auto"
     """eager is the truth; auto takes flex on CUDA and blocked on CPU."""
 
+    positions: Literal["rope", "learned"] = "rope"
+    """rope rotates queries and keys; learned adds a table to the embedding (GPT-2)."""
+    max_positions: int = 0
+    """Rows of the learned table: the longest sequence; 0 with rope."""
     rope_theta: float = 150000.0
     """Base of the rotary frequencies."""
     rope_factor: float = 1.0
-    """YaRN context extension (arXiv:2309.00071); 1 is plain RoPE."""
+    """Context extension; 1 is plain RoPE."""
+    rope_scaling: Literal["yarn", "llama3"] = "yarn"
+    """How rope_factor extends: YaRN (arXiv:2309.00071), or Llama 3.1's rule (arXiv:2407.21783)."""
     rope_original_len: int = 4096
-    """YaRN: context length before extension, in tokens."""
+    """Context length before extension, in tokens."""
     rope_beta_fast: float = 32.0
-    """YaRN: rotations over the original context above which a frequency is kept."""
+    """Rotations over the original context above which a frequency is kept; Llama 3.1 has 4."""
     rope_beta_slow: float = 1.0
-    """YaRN: rotations below which a frequency is divided by rope_factor."""
+    """Rotations below which a frequency is divided by rope_factor."""
 
+    activation: Literal["clamped_swiglu", "swiglu", "gelu"] = "clamped_swiglu"
+    """Of the feed-forward: gpt-oss's, silu(gate) * up (Llama), or gelu by tanh without a gate
+    (GPT-2). Experts have the first alone."""
     hidden_dim: int = 0
     """Width of the dense feed-forward; used when num_experts is 0."""
     num_experts: int = 4
@@ -73,9 +85,9 @@ class ModelArgs:
     mlp_bias: bool = True
     """Biases in the experts (or in the dense feed-forward)."""
     swiglu_alpha: float = 1.702
-    """Sigmoid gain of the gate."""
+    """clamped_swiglu: sigmoid gain of the gate."""
     swiglu_limit: float = 7.0
-    """Clamp of gate (above) and up (both sides)."""
+    """clamped_swiglu: clamp of gate (above) and up (both sides)."""
     experts_backend: Literal["auto", "loop", "grouped_mm"] = "auto"
     """loop is the truth; auto takes grouped_mm."""
 
@@ -169,6 +181,7 @@ class ModelArgs:
         for name in (
             "num_experts",
             "hidden_dim",
+            "max_positions",
             "aux_loss_coef",
             "router_z_loss_coef",
             "bias_update_rate",
@@ -177,6 +190,7 @@ class ModelArgs:
         ):
             self._require(name, getattr(self, name) >= 0, "give 0 (off) or a positive number")
         self._check_attention()
+        self._check_positions()
         self._check_feed_forward()
 
     def _check_types(self) -> None:
@@ -211,8 +225,30 @@ class ModelArgs:
             self.n_heads % self.n_kv_heads == 0,
             f"give a divisor of n_heads = {self.n_heads}",
         )
-        self._require("rope_factor", self.rope_factor >= 1, "give 1 (no YaRN) or more")
-        if self.rope_factor > 1:
+        self._require(
+            "window_pattern",
+            bool(self.window_pattern) and set(self.window_pattern) <= {"S", "L"},
+            "write it with S (window layer) and L (full layer), such as SL or SSSL",
+        )
+
+    def _check_positions(self) -> None:
+        if self.positions == "learned":
+            self._require(
+                "max_positions",
+                self.max_positions >= 1,
+                "positions = learned needs a table: give the longest sequence",
+            )
+            self._require(
+                "rope_factor", self.rope_factor == 1, "positions = learned rotates nothing: give 1"
+            )
+        else:
+            self._require(
+                "max_positions",
+                self.max_positions == 0,
+                "positions = rope has no table: give 0, or set positions = learned",
+            )
+        self._require("rope_factor", self.rope_factor >= 1, "give 1 (no extension) or more")
+        if self.rope_factor > 1 and self.rope_scaling == "yarn":
             shortest = 2 * math.pi * self.rope_beta_slow
             self._require(
                 "rope_original_len",
@@ -224,11 +260,6 @@ class ModelArgs:
             self.rope_beta_fast > self.rope_beta_slow,
             f"give more than rope_beta_slow = {self.rope_beta_slow}",
         )
-        self._require(
-            "window_pattern",
-            bool(self.window_pattern) and set(self.window_pattern) <= {"S", "L"},
-            "write it with S (window layer) and L (full layer), such as SL or SSSL",
-        )
 
     def _check_feed_forward(self) -> None:
         if not self.moe:
@@ -238,6 +269,12 @@ class ModelArgs:
                 "a dense model (num_experts = 0) needs a feed-forward width",
             )
             return
+        self._require(
+            "activation",
+            self.activation == "clamped_swiglu",
+            f"experts (num_experts = {self.num_experts}) have clamped_swiglu alone: choose it, or "
+            "set num_experts = 0",
+        )
         self._require("expert_dim", self.expert_dim >= 1, "give a positive number")
         self._require(
             "top_k",

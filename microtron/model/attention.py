@@ -1,5 +1,5 @@
-"""Grouped-query attention: projections, optional qk-norm, RoPE, and the core that `attn_backend`
-names.
+"""Grouped-query attention: projections, optional qk-norm, RoPE (none with learned positions), and
+the core that `attn_backend` names.
 """
 
 import torch
@@ -28,12 +28,14 @@ class InnerAttention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
         mask: object,
     ) -> torch.Tensor:
         """q [B, S, H, D], k and v [B, S, K, D], sinks [H] or None -> [B, S, H, D]."""
         core = BACKENDS[resolve_backend(self.backend, q.device.type)]
-        return core(rotate(q, *rope), rotate(k, *rope), v, sinks, mask, self.scale)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return core(q, k, v, sinks, mask, self.scale)
 
 
 class Attention(nn.Module):
@@ -53,9 +55,9 @@ class Attention(nn.Module):
         self.inner_attention = InnerAttention(args)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: object
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: object
     ) -> torch.Tensor:
-        """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D], mask: what the core takes."""
+        """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D] or None, mask: what the core takes."""
         batch, seq_len, _ = x.shape
         q, k, v = (
             w(x).view(batch, seq_len, -1, self.head_dim) for w in (self.wq, self.wk, self.wv)

@@ -5,9 +5,9 @@ from torch import nn
 
 from microtron.model.args import ModelArgs
 from microtron.model.attention import Attention
-from microtron.model.mlp import FeedForward
+from microtron.model.mlp import build_feed_forward
 from microtron.model.moe import MoE
-from microtron.model.norms import RMSNorm
+from microtron.model.norms import build_norm
 
 
 class Block(nn.Module):
@@ -21,18 +21,18 @@ class Block(nn.Module):
         super().__init__()
         self.mask_kind = args.mask_kind(layer)
         self.moe_enabled = args.moe
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = build_norm(args)
         self.attention = Attention(args)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = build_norm(args)
         if self.moe_enabled:
             self.moe = MoE(args)
         else:
-            self.feed_forward = FeedForward(args)
+            self.feed_forward = build_feed_forward(args)
 
     def forward(
         self,
         h: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
         mask: object,
         step_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -34,13 +34,13 @@ def std_of(name: str, shape: torch.Size, args: object) -> float | None:
 
     Matrices get init_scale / sqrt(fan_in); the two that write to the residual stream are divided by
     sqrt(2 n_layers) (GPT-2); the head starts at 1 / fan_in, so that the loss starts at ln(V). A
-    table that is both embedding and head gets GPT-2's 0.02.
+    table that is both embedding and head, and one of positions, gets GPT-2's 0.02.
     """
-    if "norm" in name:
-        return None
     if name.endswith("bias"):
         return 0.0
-    if name.endswith("sinks"):
+    if "norm" in name:
+        return None
+    if name.endswith("sinks") or name.startswith("pos_embeddings"):
         return 0.02
     if name.startswith("tok_embeddings"):
         return args.embed_std if not args.tie_embeddings else 0.02

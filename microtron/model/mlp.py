@@ -1,4 +1,6 @@
-"""The clamped SwiGLU of gpt-oss, and the dense feed-forward made of it."""
+"""The clamped SwiGLU of gpt-oss, and the dense feed-forward: with it, with Llama's SwiGLU
+(arXiv:2002.05202), or with GPT-2's GELU (arXiv:1606.08415).
+"""
 
 import math
 
@@ -35,15 +37,41 @@ class _Deinterleave(torch.autograd.Function):
         return grad
 
 
+def plain_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``; gate and up interleaved as above: [..., 2 I] -> [..., I]."""
+    gate, up = _Deinterleave.apply(gate_up)
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
-    """The dense twin of one expert: x [..., dim] -> [..., dim]."""
+    """Gated, the dense twin of one expert: x [..., dim] -> [..., dim]."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
+        self.clamped = args.activation == "clamped_swiglu"
         self.gate_up = nn.Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
         self.down = nn.Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim] -> [..., dim]."""
-        return self.down(swiglu(self.gate_up(x), self.alpha, self.limit))
+        x = self.gate_up(x)
+        return self.down(swiglu(x, self.alpha, self.limit) if self.clamped else plain_swiglu(x))
+
+
+class GeluFeedForward(nn.Module):
+    """Two products with GELU (by tanh) between: x [..., dim] -> [..., dim]."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.up = nn.Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.down = nn.Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., dim] -> [..., dim]."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def build_feed_forward(args: ModelArgs) -> FeedForward | GeluFeedForward:
+    """The dense feed-forward that ``args.activation`` names."""
+    return GeluFeedForward(args) if args.activation == "gelu" else FeedForward(args)

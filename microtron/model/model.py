@@ -13,7 +13,7 @@ from microtron.model.block import Block
 from microtron.model.head import Head
 from microtron.model.init import init_parameters
 from microtron.model.masks import build_masks
-from microtron.model.norms import RMSNorm
+from microtron.model.norms import build_norm
 from microtron.model.rope import RotaryEmbedding
 
 
@@ -31,9 +31,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.model_args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.rope = RotaryEmbedding(args)
+        learned = args.positions == "learned"
+        self.pos_embeddings = nn.Embedding(args.max_positions, args.dim) if learned else None
+        self.rope = None if learned else RotaryEmbedding(args)
         self.layers = nn.ModuleDict({str(i): Block(i, args) for i in range(args.n_layers)})
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = build_norm(args)
         self.output = Head(args)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -48,7 +50,8 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of them
         with torch.no_grad():
             init_parameters(self, self.model_args, self.init_seed, self.place_parameter)
-            self.rope.init_weights(buffer_device)
+            if self.rope is not None:
+                self.rope.init_weights(buffer_device)
             for layer in self.layers.values():
                 if layer.moe_enabled:
                     layer.moe.init_buffers(buffer_device)
@@ -83,7 +86,7 @@ class Transformer(nn.Module):
                 of S; positions, documents and masks always speak of the whole sequence.
             attention_masks: see `build_masks`; None: made here, causal, by document if these are
                 given.
-            positions: [B or 1, S] int64 for RoPE; None: 0 .. S-1.
+            positions: [B or 1, S] int64 for RoPE or the learned table; None: 0 .. S-1.
             labels: [B, S] int64 with -100 for "not a target"; only the last stage looks at them.
             documents: [B, S] number of the document of each token; None: one document.
 
@@ -94,8 +97,10 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         masks = attention_masks or self._masks_of(positions.shape[1], tokens.device, documents)
-        rope = self.rope(positions)
+        rope = None if self.rope is None else self.rope(positions)
         h = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        if self.pos_embeddings is not None:
+            h = h + self.pos_embeddings(positions)
         for layer in self.layers.values():
             h, counts = layer(h, rope, masks[layer.mask_kind], self.step_tokens)
             if counts is not None and self.training and torch.is_grad_enabled():

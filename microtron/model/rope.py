@@ -1,5 +1,5 @@
 """Rotary positions (arXiv:2104.09864), half-split as gpt-oss has them, with YaRN
-(arXiv:2309.00071).
+(arXiv:2309.00071) or Llama 3.1's extension (arXiv:2407.21783).
 
 YaRN as gpt-oss runs it: the ramp's bounds are not rounded (truncate=false), and cos and sin carry
 the attention factor 0.1 ln(factor) + 1 at every length. Angles are computed from the positions of
@@ -19,13 +19,25 @@ def inverse_frequencies(args: ModelArgs, device: torch.device | None = None) -> 
 
     Pairs that turn more than ``rope_beta_fast`` times over the original context keep their
     frequency, those below ``rope_beta_slow`` are divided by ``rope_factor``, a linear ramp joins
-    them.
+    them: over the pairs' numbers (YaRN) or over their rotations (Llama 3.1).
     """
     half = args.head_dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=device) / half
     extrapolated = 1.0 / args.rope_theta**exponent
     if args.rope_factor == 1.0:
         return extrapolated
+    if args.rope_scaling == "llama3":
+        rotations = args.rope_original_len * extrapolated / (2 * math.pi)
+        span = args.rope_beta_fast - args.rope_beta_slow
+        ramp = ((args.rope_beta_fast - rotations) / span).clamp(0, 1)
+    else:
+        ramp = _yarn_ramp(args, device)
+    return extrapolated / args.rope_factor * ramp + extrapolated * (1 - ramp)
+
+
+def _yarn_ramp(args: ModelArgs, device: torch.device | None) -> torch.Tensor:
+    """0 for pairs that keep their frequency to 1 for those divided: fp32 [head_dim / 2]."""
+    half = args.head_dim // 2
 
     def pair_turning(rotations: float) -> float:
         wavelength = args.rope_original_len / (rotations * 2 * math.pi)
@@ -34,13 +46,12 @@ def inverse_frequencies(args: ModelArgs, device: torch.device | None = None) -> 
     low = max(pair_turning(args.rope_beta_fast), 0.0)
     high = min(pair_turning(args.rope_beta_slow), args.head_dim - 1.0)
     pairs = torch.arange(half, dtype=torch.float32, device=device)
-    ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return extrapolated / args.rope_factor * ramp + extrapolated * (1 - ramp)
+    return ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
 
 
 def attention_factor(args: ModelArgs) -> float:
-    """The factor on cos and sin (YaRN eq. 22 with t = 1 / 0.1 ln(s) + 1)."""
-    return 0.1 * math.log(args.rope_factor) + 1.0
+    """The factor on cos and sin (YaRN eq. 22 with t = 1 / 0.1 ln(s) + 1); Llama 3.1 has none."""
+    return 0.1 * math.log(args.rope_factor) + 1.0 if args.rope_scaling == "yarn" else 1.0
 
 
 class RotaryEmbedding(nn.Module):

@@ -26,7 +26,7 @@ class Rule:
 # weight of exp(0) in every softmax.
 RULES = (
     Rule("no_decay", r"(norm\.weight|bias|sinks)$", weight_decay=0.0),
-    Rule("embedding", r"^tok_embeddings\.weight$", weight_decay=0.0),
+    Rule("embedding", r"^(tok|pos)_embeddings\.weight$", weight_decay=0.0),
     Rule("head", r"^output\.weight$"),
     Rule("matrices", r"^layers\.\d+\."),
 )

@@ -37,7 +37,8 @@ def apply_dp(model: Transformer, dims: ParallelDims, job: JobConfig) -> None:
     wrap = _Wrap(dims, job)
     tied = model.model_args.tie_embeddings
     if model.tok_embeddings is not None and not tied:
-        wrap(model.tok_embeddings)
+        tables = [model.tok_embeddings, model.pos_embeddings]
+        wrap([table for table in tables if table is not None])
     for block in model.layers.values():
         if dims.ep_enabled and block.moe_enabled:
             wrap(block.moe.experts, experts=True)

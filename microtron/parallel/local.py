@@ -6,6 +6,7 @@ tensors, custom operators work, and compiled blocks contain nothing of DTensor.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
@@ -24,6 +25,17 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placements: list[
     if parameter is not None:
         spread = distribute_tensor(parameter.data, mesh, placements, src_data_rank=None)
         module.register_parameter(name, nn.Parameter(spread))
+
+
+def own_positions(table: nn.Embedding, group: dist.ProcessGroup) -> None:
+    """Lets a table of positions look up this rank's part of the sequence alone: [B or 1, S] in,
+    [B or 1, S/n, dim] out. The group told last cuts first: its parts are cut by those before.
+    """
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return args[0].chunk(group.size(), dim=-1)[group.rank()]
+
+    table.register_forward_pre_hook(hook, prepend=True)
 
 
 def with_local_parameters(

@@ -83,15 +83,16 @@ def split(args: ModelArgs, seq_len: int, stages: int) -> list[range]:
         raise UserError(f"{stages} stages cannot share {count} layers: each needs one")
     parts = [accounting.layer_flops(args, layer, seq_len) for layer in range(count)]
     head = accounting.flops_per_token(args, seq_len)["head"]
-    layer_parameters = (accounting.count_parameters(args).non_embedding - args.dim) // count
-    table = args.vocab_size * args.dim
+    counted = accounting.count_parameters(args)
+    layer_parameters = (counted.non_embedding - accounting.norm_parameters(args)) // count
+    first, last = counted.embedding, args.vocab_size * args.dim
 
     def flops(start: int, end: int) -> float:
         own = sum(sum(parts[layer].values()) for layer in range(start, end))
         return own + head * (end == count)
 
     def parameters(start: int, end: int) -> float:
-        return (end - start) * layer_parameters + table * ((start == 0) + (end == count))
+        return (end - start) * layer_parameters + first * (start == 0) + last * (end == count)
 
     pieces = [(i, j) for i in range(count) for j in range(i + 1, count + 1)]
     cost = {piece: flops(*piece) for piece in pieces}
@@ -106,8 +107,10 @@ def split(args: ModelArgs, seq_len: int, stages: int) -> list[range]:
 def module_names(args: ModelArgs, layers: range, first: bool, last: bool) -> list[str]:
     """Names of the modules that a stage keeps, as TorchTitan's splitter wants them."""
     assert set(layers) <= set(range(args.n_layers))
+    learned = args.positions == "learned"
     names = ["tok_embeddings"] if first else []
-    names += ["rope", *(f"layers.{layer}" for layer in layers)]
+    names += ["pos_embeddings"] * (first and learned) + ["rope"] * (not learned)
+    names += [f"layers.{layer}" for layer in layers]
     return names + (["norm", "output"] if last else [])
 
 

@@ -20,19 +20,21 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from microtron.model.model import Transformer
 from microtron.parallel.collectives import all_gather, reduce_scatter
 from microtron.parallel.ep import apply_experts
-from microtron.parallel.local import computing, distribute, with_local_parameters
+from microtron.parallel.local import computing, distribute, own_positions, with_local_parameters
 from microtron.parallel.loss import split_vocabulary
 
 # Parameter -> how it lies on the tp mesh; the first pattern that matches. Experts: see ep.py.
 PLAN: tuple[tuple[str, Placement], ...] = (
     (r"tok_embeddings\.weight", Shard(0)),  # vocabulary
     (r"output\.weight", Shard(0)),  # vocabulary
+    (r"pos_embeddings\.weight", Replicate()),  # each rank looks up its part of the sequence
     (r".*\.attention\.w[qkv]\.(weight|bias)", Shard(0)),  # heads
     (r".*\.attention\.sinks", Shard(0)),  # heads
     (r".*\.attention\.wo\.weight", Shard(1)),  # heads, summed
     (r".*\.feed_forward\.gate_up\.(weight|bias)", Shard(0)),  # width, in pairs of gate and up
+    (r".*\.feed_forward\.up\.(weight|bias)", Shard(0)),  # width
     (r".*\.feed_forward\.down\.weight", Shard(1)),  # width, summed
-    (r".*norm\.weight", Replicate()),
+    (r".*norm\.(weight|bias)", Replicate()),
     (r".*\.router\.gate\.(weight|bias)", Replicate()),
     (r".*\.(wo|down)\.bias", Replicate()),  # added after the sum
 )
@@ -55,6 +57,9 @@ def apply_tp(model: Transformer, mesh: DeviceMesh, with_experts: bool) -> None:
         model.output.weight = model.tok_embeddings.weight
     if model.tok_embeddings is not None:
         _embedding(model.tok_embeddings, group)
+    if model.pos_embeddings is not None:
+        own_positions(model.pos_embeddings, group)
+        with_local_parameters(model.pos_embeddings)
     for block in model.layers.values():
         _gather_input(block.attention, group)
         _row_parallel(block.attention.wo, group)

@@ -12,6 +12,7 @@ from torch import nn
 
 from microtron.model.model import Transformer
 from microtron.parallel.collectives import all_to_all
+from microtron.parallel.local import own_positions
 
 
 def heads_for_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -57,7 +58,9 @@ def _exchange_out(group: dist.ProcessGroup):  # noqa: ANN202
 
 
 def apply_ulysses(model: Transformer, group: dist.ProcessGroup) -> None:
-    """Wraps every layer's inner attention."""
+    """Wraps every layer's inner attention, and the learned positions."""
+    if model.pos_embeddings is not None:  # after apply_tp: tp cuts the parts of cp
+        own_positions(model.pos_embeddings, group)
     for block in model.layers.values():
         block.attention.inner_attention.register_forward_pre_hook(_exchange_in(group))
         block.attention.inner_attention.register_forward_hook(_exchange_out(group))

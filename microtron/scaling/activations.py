@@ -24,7 +24,8 @@ _FEW = 64  # keys in sight with which `blocked` hands a layer to sdpa
 def kept_bytes(plan: Plan, stage: Stage) -> int:
     """A stage's blocks after the forward of one microbatch, and the rotary tables they share."""
     rows = plan.microbatch if plan.documents else 1
-    total = 2 * FP32 * rows * plan.seq_len * plan.args.head_dim
+    rotated = plan.args.positions == "rope"
+    total = 2 * FP32 * rows * plan.seq_len * plan.args.head_dim * rotated
     for position, layer in enumerate(stage.layers):
         mode = mode_of(plan, position)
         if mode == "none":
@@ -92,9 +93,12 @@ def _hidden(plan: Plan) -> int:
 
 
 def _norm_input(plan: Plan) -> int:
-    """RMSNorm: x in fp32 and 1/rms; on a CPU, where it is not fused, x/rms too."""
-    copies = 1 if plan.kind == "cuda" else 2
-    return FP32 * plan.own_tokens * (copies * plan.args.dim + 1)
+    """RMSNorm: x in fp32 and 1/rms; on a CPU, where it is not fused, x/rms too. LayerNorm, fused on
+    both: x in fp32, the mean and 1/std.
+    """
+    layer = plan.args.norm == "layer"
+    copies = 1 if layer or plan.kind == "cuda" else 2
+    return FP32 * plan.own_tokens * (copies * plan.args.dim + 1 + layer)
 
 
 def _product_inputs(plan: Plan, products: int) -> int:
@@ -115,7 +119,8 @@ def attention_bytes(plan: Plan, layer: int) -> int:
         total += FP32 * vectors * (copies * args.head_dim + 1)
     total += _core_bytes(plan, layer)
     if plan.layout.cp > 1:
-        total += e * (q + n * kv * args.head_dim)  # v lies in one tensor with q and k, as they came
+        if args.positions == "rope":  # v lies in one tensor with q and k, as they came
+            total += e * (q + n * kv * args.head_dim)
         backend = resolve_backend(args.attn_backend, plan.kind)
         total += 0 if backend == "flex" else e * q  # what goes back, beside what `wo` gets
     return total
@@ -139,8 +144,9 @@ def _core_bytes(plan: Plan, layer: int) -> int:
         backend = "sdpa"
     masked = plan.documents or window
     square = s * s * (plan.microbatch if plan.documents else 1)
-    if backend == "flex":  # q, k, v, out, gated out; two logarithms, one of them again in bf16
-        return n * (e * d * (3 * heads + 2 * kv) + heads * (2 * FP32 + e))
+    if backend == "flex":  # q, k, v, out, logarithm; for the sink: gated out, its factor twice
+        sink = args.sinks * heads * (e * d + FP32 + e)
+        return n * (e * d * (2 * heads + 2 * kv) + heads * FP32 + sink)
     if backend == "blocked":  # fp32 inside; q, k, v, out, logarithm
         copy = e * heads * d if e < FP32 else 0
         return n * (FP32 * (d * (2 * heads + 2 * kv) + heads) + copy)
@@ -155,14 +161,22 @@ def _core_bytes(plan: Plan, layer: int) -> int:
 
 
 def feed_forward_bytes(plan: Plan) -> int:
-    """The second half of a dense block: the norm, seven widths of swiglu (`_swiglu`)."""
+    """The second half of a dense block: the norm, and some widths of the activation."""
     width = plan.args.hidden_dim // plan.layout.tp
-    activation = _SWIGLU * width * plan.tokens * plan.width
+    activation = _WIDTHS[plan.args.activation] * width * plan.tokens * plan.width
     return _norm_input(plan) + _product_inputs(plan, 1) + activation
 
 
-# gate, up; clamped gate; up + 1; sigmoid; gate * sigmoid; the product, which `down` keeps
-_SWIGLU = 7
+# clamped_swiglu: gate, up; clamped gate; up + 1; sigmoid; gate * sigmoid; the product, which `down`
+# keeps. swiglu: gate, up; silu; the product. gelu: what goes in, what comes out.
+_WIDTHS = {"clamped_swiglu": 7, "swiglu": 4, "gelu": 2}
+_SWIGLU = _WIDTHS["clamped_swiglu"]  # of experts
+
+
+def _inward(plan: Plan) -> int:
+    """Width of the first product of a dense feed-forward, on this rank: gate and up, or up."""
+    gated = plan.args.activation != "gelu"
+    return (1 + gated) * plan.args.hidden_dim // plan.layout.tp
 
 
 def expert_rows(plan: Plan) -> tuple[int, int]:
@@ -215,8 +229,7 @@ def selective_bytes(plan: Plan, layer: int) -> int:
     scattered = e * own * args.dim
     total += scattered if tp > 1 else 0
     if not args.moe:
-        width = args.hidden_dim // tp
-        total += product(2 * n * width, args.mlp_bias)
+        total += product(n * _inward(plan), args.mlp_bias)
         total += product(n * args.dim, args.mlp_bias and tp == 1)
         return total + (scattered if tp > 1 else 0)
     tokens, rows = expert_rows(plan)
@@ -234,10 +247,12 @@ def compiled_bytes(plan: Plan, layer: int) -> int:
     """
     args, e = plan.args, plan.width
     own, gathered = plan.own_tokens * args.dim, plan.tokens * args.dim
-    total = _hidden(plan) + e * own + e * gathered + 2 * FP32 * plan.own_tokens
+    numbers = 4 if args.norm == "layer" else 2  # 1/rms of each norm, or mean and 1/std
+    total = _hidden(plan) + e * own + e * gathered + numbers * FP32 * plan.own_tokens
     total += _core_bytes(plan, layer)
     if not args.moe:
-        return total + e * (gathered + 3 * plan.tokens * args.hidden_dim // plan.layout.tp)
+        width = args.hidden_dim // plan.layout.tp
+        return total + e * (gathered + plan.tokens * (_inward(plan) + width))
     tokens, rows = expert_rows(plan)
     total += FP32 * own  # the router's input
     total += plan.own_tokens * (FP32 * args.num_experts + (FP32 + INT64) * args.top_k)

@@ -13,14 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from microtron.scaling.activations import expert_rows, mode_of
-from microtron.scaling.memory import (
-    FP32,
-    block_weights,
-    gathered_shape,
-    local_shape,
-    numel,
-    wrapped_groups,
-)
+from microtron.scaling.memory import FP32, gathered_shape, local_shape, numel, wrapped_groups
 from microtron.scaling.plan import Plan, Stage
 
 INT64 = 8
@@ -160,10 +153,7 @@ def _tensor(plan: Plan, rank: int) -> Items:
 def _whole(plan: Plan, stage: Stage, rank: int) -> Iterator[tuple[int, str]]:
     """Numbers of this rank's parameters that tp (of experts: etp) leaves whole, and the group."""
     place = plan.place(rank)
-    weights = [w for layer in stage.layers for w in block_weights(plan.args, layer)]
-    if stage.last:
-        weights += wrapped_groups(plan.args, stage)[-1]
-    for weight in weights:
+    for weight in (w for group in wrapped_groups(plan.args, stage) for w in group):
         if weight.split is None:
             group = "etp" if weight.expert else "tp"
             yield numel(local_shape(plan, weight, place)), group

@@ -37,7 +37,7 @@ def block_weights(args: ModelArgs, layer: int) -> Iterator[Weight]:
     q, kv, dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.dim
     at = f"layers.{layer}."
     for norm in ("attention_norm", "ffn_norm"):
-        yield Weight(f"{at}{norm}.weight", (dim,))
+        yield from _norm(args, at + norm)
     for name, width in (("wq", q), ("wk", kv), ("wv", kv)):
         yield from _linear(f"{at}attention.{name}", width, dim, args.attention_bias, 0)
     yield from _linear(f"{at}attention.wo", dim, q, args.attention_bias, 1)
@@ -48,7 +48,9 @@ def block_weights(args: ModelArgs, layer: int) -> Iterator[Weight]:
             yield Weight(f"{at}attention.{norm}.weight", (args.head_dim,))
     if not args.moe:
         width = args.hidden_dim
-        yield from _linear(f"{at}feed_forward.gate_up", 2 * width, dim, args.mlp_bias, 0)
+        gated = args.activation != "gelu"
+        name, out = ("gate_up", 2 * width) if gated else ("up", width)
+        yield from _linear(f"{at}feed_forward.{name}", out, dim, args.mlp_bias, 0)
         yield from _linear(f"{at}feed_forward.down", dim, width, args.mlp_bias, 1)
         return
     experts, width, at = args.num_experts, args.expert_dim, at + "moe."
@@ -66,9 +68,15 @@ def _linear(name: str, out: int, inward: int, bias: bool, split: int | None) -> 
         yield Weight(f"{name}.bias", (out,), 0 if split == 0 else None)
 
 
+def _norm(args: ModelArgs, name: str) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (args.dim,))
+    if args.norm == "layer":
+        yield Weight(f"{name}.bias", (args.dim,))
+
+
 def head_weights(args: ModelArgs) -> list[Weight]:
     """The last norm and the head, which FSDP2 wraps together."""
-    norm = [Weight("norm.weight", (args.dim,))]
+    norm = list(_norm(args, "norm"))
     return norm + ([] if args.tie_embeddings else [Weight("output.weight", _table(args), 0)])
 
 
@@ -77,8 +85,11 @@ def _table(args: ModelArgs) -> tuple[int, int]:
 
 
 def wrapped_groups(args: ModelArgs, stage: Stage) -> list[list[Weight]]:
-    """The stage's parameters as FSDP2 gathers them: embedding, blocks, last norm with head."""
-    groups = [[Weight("tok_embeddings.weight", _table(args), 0)]] if stage.first else []
+    """The stage's parameters as FSDP2 gathers them: embeddings, blocks, last norm with head."""
+    tables = [Weight("tok_embeddings.weight", _table(args), 0)]
+    if args.max_positions:
+        tables.append(Weight("pos_embeddings.weight", (args.max_positions, args.dim)))
+    groups = [tables] if stage.first else []
     groups += [list(block_weights(args, layer)) for layer in stage.layers]
     return groups + ([head_weights(args)] if stage.last else [])
 

@@ -28,7 +28,7 @@ def _m(name, layout, file, old, new, kind, where="", *more):
 
 TP, STEP, LOSS, BATCH = "parallel/tp.py", "step.py", "parallel/loss.py", "batch.py"
 ULYSSES, EP, PP, DP = "parallel/ulysses.py", "parallel/ep.py", "parallel/pp.py", "parallel/dp.py"
-NORM, MODEL = "parallel/norm.py", "model/model.py"
+NORM, MODEL, LOCAL = "parallel/norm.py", "model/model.py", "parallel/local.py"
 REPLICATED = "if isinstance(parameter, DTensor) and parameter.grad is not None:"
 
 MUTANTS = (
@@ -84,14 +84,7 @@ MUTANTS = (
         "group.rank() * (table.weight.shape[0] - 1)",
         "loss",
     ),
-    _m(
-        "rows of the embedding that lie elsewhere are not masked",
-        "tp2",
-        TP,
-        " * mine.unsqueeze(-1)",
-        "",
-        "loss",
-    ),
+    _m("embedding rows that lie elsewhere count", "tp2", TP, " * mine.unsqueeze(-1)", "", "loss"),
     _m(
         "vocabulary starts at the wrong label",
         "tp2",
@@ -126,6 +119,28 @@ MUTANTS = (
         '_sum_over(parallel_dims, "loss")',
         "weights",
         "load_fractions",
+    ),
+    _m("every rank adds the first positions", "gpt2 x tp2", LOCAL, "[group.rank()]", "[0]", "loss"),
+    _m("tp cuts positions before cp", "gpt2 x cp2 x tp2", LOCAL, "prepend=True", "", "loss"),
+    _m(
+        "the position table's gradient is not summed",
+        "gpt2 x tp2",
+        TP,
+        REPLICATED,
+        REPLICATED[:-1] + " and parameter.shape[0] != 40:",
+        "grads",
+        r"pos_embeddings\.weight at step 1",
+    ),
+    _m(
+        "norms' biases have the gradient of the first rank alone",
+        "gpt2 x tp2",
+        LOCAL,
+        "                part = parameter.to_local()\n",
+        "                part = parameter.to_local()\n"
+        "                if name.endswith('norm.bias') and parameter.device_mesh.get_rank():\n"
+        "                    part = part.detach() + 0 * part\n",
+        "grads",
+        r"norm\.bias at step 1",
     ),
     # Experts.
     _m(
@@ -207,14 +222,7 @@ MUTANTS = (
         "device=tokens.device).unsqueeze(0) % width",
         "loss",
     ),
-    _m(
-        "every rank has the first labels",
-        "cp2",
-        BATCH,
-        "labels[:, cut]",
-        "labels[:, :width]",
-        "loss",
-    ),
+    _m("all have the first labels", "cp2", BATCH, "labels[:, cut]", "labels[:, :width]", "loss"),
     _m(
         "documents see each other",
         "cp2 documents",
@@ -270,14 +278,7 @@ MUTANTS = (
         "            self.model_parts[-1].init_weights(self.device)",
         "loss",
     ),
-    _m(
-        "the norm is that of one stage",
-        "pp2 1F1B",
-        NORM,
-        "if pipeline is not None:",
-        "if False:",
-        "norm",
-    ),
+    _m("norm of one stage", "pp2 1F1B", NORM, "if pipeline is not None:", "if False:", "norm"),
     _m(
         "router losses are averaged over a micro-batch",
         "pp2 1F1B",
@@ -321,14 +322,7 @@ MUTANTS = (
         "grads",
         r"router\.gate\.\w+ at step 1",
     ),
-    _m(
-        "every rank reads the same batch",
-        "fsdp2",
-        "spec.py",
-        '"rank": dp_rank,',
-        '"rank": 0,',
-        "loss",
-    ),
+    _m("ranks read the same batch", "fsdp2", "spec.py", '"rank": dp_rank,', '"rank": 0,', "loss"),
     _m(
         "the norm leaves out the expert mesh",
         "ep2",

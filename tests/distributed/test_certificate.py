@@ -105,7 +105,10 @@ def test_what_must_be_there():
     both += "pp4 Interleaved1F1B, cp2, cp4, pp2 x dp2, pp2 x tp2, cp2 x tp2, pp2 x dp2 x tp2, "
     both += "accumulate4, ac full, ac selective"
     moe = "ep2, ep4, ep2 x etp2, sep4, tp2 x ep2, pp2 x ep2, fsdp2 x cp2 x ep2"
+    shapes = "gpt2 x fsdp2, gpt2 x ddp2, gpt2 x tp2, gpt2 x cp2, gpt2 x cp2 x tp2, gpt2 x pp2, "
+    shapes += "gpt2 tied x fsdp2, gpt2 tied x tp2, llama x fsdp2, llama x tp2"
     asked = {*both.split(", "), *moe.split(", "), *(f"{n}, dense" for n in both.split(", "))}
+    asked |= set(shapes.split(", "))
     assert asked <= names
     assert len(names) == len(all_cases())
     for case in all_cases():
@@ -274,6 +277,7 @@ def test_distance():
     assert distance(a, torch.tensor([3.0, 5.0])) == pytest.approx(34**-0.5)
     assert distance(torch.zeros(2), torch.zeros(2)) == 0.0
     assert distance(a, torch.zeros(2)) > 1e30
+    assert distance(a, torch.tensor([3.0, 5.0]), least=34.0) == pytest.approx(1 / 34)
     for other in (None, torch.zeros(3), torch.tensor([NAN, 4.0]), torch.tensor([INF, 4.0])):
         assert distance(other, a) == INF
         assert distance(a, other) == INF or other is not None and other.isinf().any()
@@ -319,6 +323,18 @@ def test_a_gradient_that_is_not_there():
     assert compare(result_of(names=("a",)), result_of())["grads"] == 0.0
     more = compare(result_of(names=("a", "b", "c")), result_of())
     assert more["grads"] == more["weights"] == INF
+
+
+@pytest.mark.parametrize(
+    "right, got, agrees", [(1e-8, -1e-8, True), (1e-3, 1.0002e-3, False)], ids=["faint", "small"]
+)
+def test_a_gradient_that_is_nothing_but_rounding(right, got, agrees):
+    """It may differ as it likes, and nothing else may: beside all of them, whose norm is 1."""
+    ours, truth = result_of(), result_of()
+    truth["steps"][0]["grads"]["a"] = torch.tensor([right, 0.0])
+    ours["steps"][0]["grads"]["a"] = torch.tensor([got, 0.0])
+    told = verdict({**compare(ours, truth), "missing": []})
+    assert (told == "agrees") == agrees, told
 
 
 def test_the_first_step_that_is_off_speaks():

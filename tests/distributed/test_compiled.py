@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import SMALL, Run, assert_one_line
 
-from microtron.certificate.layouts import case
+from microtron.certificate.layouts import GPT2, case
 from microtron.certificate.processes import run_all
 
 pytestmark = pytest.mark.slow
@@ -21,6 +21,7 @@ CASES = [
     case("fsdp2, selective", extra=(*TRACED, SELECTIVE), shard=2),
     case("tp2, full", extra=(*TRACED, FULL), tp=2),
     case("cp2", extra=TRACED, cp=2),
+    case("gpt2 x tp2", GPT2, TRACED, tp=2),
     case("pp2", extra=TRACED, pp=2),
     case("ep2, full", extra=(*TRACED, FULL), shard=2, ep=2),
     case("ep2 on tp2", extra=TRACED, tp=2, ep=2),

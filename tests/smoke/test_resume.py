@@ -2,13 +2,15 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import time
 
 import pytest
-from runs import SMALL, Run, assert_same_contents, run
+import torch
+from runs import SMALL, Run, assert_one_line, assert_same_contents, run
 
 ARGS = [
     *SMALL,
@@ -166,3 +168,58 @@ def test_unwritten_lines_of_a_killed_run_do_not_stay(tmp_path, data, straight):
     resumed = run([*ARGS, *data], tmp_path)
     lines = (resumed.dump / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+
+
+def run_code(trace):
+    """An object that makes a file when it is unpickled."""
+    return type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {trace}",))})()
+
+
+def evil_metadata(step, trace):
+    path = step / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    found.planner_data = run_code(trace)
+    path.write_bytes(pickle.dumps(found))
+
+
+def evil_entry(step, trace):
+    """An archive of torch.save in place of the step's number, at the end of the shard."""
+    path = step / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    (info,) = (v for k, v in found.storage_data.items() if k.fqn == "train_state.step")
+    with open(step / info.relative_path, "ab") as shard:
+        info.offset = shard.tell()
+        torch.save(run_code(trace), shard)
+        info.length = shard.tell() - info.offset
+    path.write_bytes(pickle.dumps(found))
+
+
+@pytest.mark.parametrize("damage", [evil_metadata, evil_entry])
+def test_a_checkpoint_that_would_run_code_runs_none(tmp_path, data, straight, damage):
+    trace = tmp_path / "ran"
+    shutil.copytree(straight.folder, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "dump" / "checkpoint" / "step-8"
+    damage(step, trace)
+    argv = [*ARGS, *data]
+    if damage is evil_metadata:  # as good as damaged: the step before it is whole
+        resumed = run(argv, tmp_path)
+        assert "skipping checkpoint step-8: unreadable .metadata" in resumed.out
+        assert "posix.system" in resumed.out and "step-6 " in resumed.out
+    else:
+        refused = Run(argv, tmp_path).wait()
+        assert refused.code == 1
+        assert_one_line(refused.err, "step-8: entry train_state.step is not plain data")
+        load = f"--checkpoint.initial_load_path={step}"
+        refused = Run([*argv, load], tmp_path / "other").wait()
+        assert refused.code == 1
+        assert_one_line(refused.err, "step-8: entry train_state.step is not plain data")
+    assert not trace.exists()
+
+
+def test_a_step_carries_its_tokenizer(straight):
+    from microtron import checkpoints
+
+    told = checkpoints.identity(straight.step(8))
+    assert told["tokenizer"]["name"] == "byte" and told["step"] == 8 and told["tokens"] > 0
+    assert checkpoints.load_step_tokenizer(straight.step(8)).encode("ab") == [97, 98]
+    assert checkpoints.architecture(straight.step(8)).dim == 16

@@ -21,14 +21,19 @@ MAY_IMPORT = {
     "loss": (),
     "sample": (),
     "profiling": ("accelerator",),
-    "checkpoints": ("errors", "model.args"),
+    "dcp": ("dcp_metadata", "errors"),
+    "dcp_metadata": ("errors",),
+    "checkpoints": ("data", "dcp", "errors", "model.args"),
+    "hf": ("checkpoints", "data", "dcp", "errors", "flavors", "hf", "model"),
+    "infer": ("accelerator", "checkpoints", "data", "dcp", "errors", "hf", "infer", "model"),
+    "evals": ("accelerator", "checkpoints", "data", "errors", "evals", "infer", "model"),
     "diagnose": ("errors", "model"),
     "metrics": ("accelerator",),
     "startup": ("errors", "model"),
     "watchdog": (),
     "agent": ("errors", "watchdog"),
     "launch": ("agent", "errors"),
-    "forward": ("accelerator", "batch", "parallel"),
+    "forward": ("accelerator", "batch", "model", "parallel"),
     "step": ("accelerator", "batch", "diagnose", "forward", "parallel"),
     "validate": ("accelerator", "config", "data", "forward", "metrics", "model"),
     "spec": (
@@ -37,6 +42,7 @@ MAY_IMPORT = {
         "data",
         "errors",
         "flavors",
+        "hf",
         "loss",
         "metrics",
         "model",
@@ -48,6 +54,8 @@ MAY_IMPORT = {
         "accelerator",
         "checkpoints",
         "errors",
+        "evals",
+        "hf",
         "metrics",
         "parallel",
         "parse",
@@ -83,6 +91,9 @@ DISTRIBUTED = {
     "diagnose",
     "profiling",
     "checkpoints",
+    "dcp",
+    "dcp_metadata",
+    "hf.adapter",
     "scaling.dryrun",
     "scaling.measure",
     "watchdog",
@@ -101,6 +112,7 @@ TITAN = {
     "optim.schedule",
     "metrics",
     "forward",
+    "hf.adapter",
     "validate",
     "spec",
     "step",
@@ -108,7 +120,17 @@ TITAN = {
     "scaling",
 }
 ENVIRONMENT = {"accelerator", "certificate.processes", "launch", "train"}
-OPTIONAL = {"datasets", "pyarrow", "tiktoken", "tokenizers", "matplotlib", "wandb", "transformers"}
+OPTIONAL = {
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "pyarrow",
+    "tiktoken",
+    "tokenizers",
+    "transformers",
+    "wandb",
+}
 # What a module may call while it is imported: names for things, no work.
 CALLS_AT_IMPORT = {
     "logging.getLogger",
@@ -129,5 +151,6 @@ CALLS_AT_IMPORT = {
     "torch.library.custom_op",
     "_forward.register_autograd",  # model/grouped.py: its operators
     "torch.no_grad",
+    "torch.inference_mode",
     "dataclass",
 }

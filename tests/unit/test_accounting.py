@@ -30,6 +30,11 @@ def test_counts_agree_with_the_module_tree(name):
         {"mlp_bias": False},
         {"n_kv_heads": 1},
         {"n_kv_heads": 4},
+        {"norm": "layer", "qk_norm": True},
+        {"positions": "learned", "max_positions": 7},
+        {"num_experts": 0, "activation": "swiglu"},
+        {"num_experts": 0, "activation": "gelu"},
+        {"num_experts": 0, "activation": "gelu", "mlp_bias": False},
     ],
 )
 def test_counts_of_every_choice(overrides):
@@ -48,6 +53,8 @@ def test_published_sizes():
     small, large = (accounting.count_parameters(flavor(f"gpt_oss_{n}")) for n in ("20b", "120b"))
     assert (round(small.total / 1e9, 2), round(small.active / 1e9, 2)) == (20.91, 3.61)
     assert (round(large.total / 1e9, 2), round(large.active / 1e9, 2)) == (116.83, 5.13)
+    gpt2 = [accounting.count_parameters(f()).total for n, f in FLAVORS.items() if "gpt2" in n]
+    assert gpt2 == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # of transformers' models
 
 
 def test_the_656m_flavor_and_its_dense_twin():
@@ -68,10 +75,13 @@ def test_the_656m_flavor_and_its_dense_twin():
     assert flops[1] == pytest.approx(flops[0], rel=1e-3)  # the router is the difference
 
 
-def test_flops_against_a_counter():
+@pytest.mark.parametrize(
+    "overrides", [{}, {"num_experts": 0}, {"num_experts": 0, "activation": "gelu"}], ids=str
+)
+def test_flops_against_a_counter(overrides):
     """torch counts the products of a real step; eager attention computes the whole square, so the
     scores of a full layer are (S + 1) / 2S of what it does, and a window of S is a full layer."""
-    args = tiny_args(window=16, loss_chunk_tokens=1000)
+    args = tiny_args(window=16, loss_chunk_tokens=1000, **overrides)
     seq_len = 16
     model, tokens = build(args), tokens_of(args, batch=3, seq_len=seq_len)
     with FlopCounterMode(display=False) as counter:

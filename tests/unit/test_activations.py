@@ -8,7 +8,7 @@ from microtron.accelerator import DEVICE_TYPE  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import DENSE, TINY
+from tiny_run import DENSE, GPT2, LLAMA, TINY
 
 from microtron.config import resolved_args
 from microtron.model import attention_core, model
@@ -61,12 +61,16 @@ SHAPES = {
     "sdpa": ("--model.args.attn_backend=sdpa",),
     "eager": ("--model.args.attn_backend=eager",),
     "loop": ("--model.args.experts_backend=loop",),
+    "gpt2": GPT2,
+    "llama": LLAMA,
     "64 tokens": ("--training.seq_len=64",),
 }
 
 
 CASES = [(MODES[0], shape) for shape in SHAPES]
-CASES += [(mode, shape) for mode in MODES[1:] for shape in ("moe", "dense", "no biases")]
+CASES += [
+    (mode, shape) for mode in MODES[1:] for shape in ("moe", "dense", "no biases", "gpt2", "llama")
+]
 
 
 @pytest.mark.parametrize("mode, shape", CASES)
@@ -93,7 +97,7 @@ class Peak(Watch):
         return out
 
 
-@pytest.mark.parametrize("shape", ["moe", "dense"])
+@pytest.mark.parametrize("shape", ["moe", "dense", "gpt2"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.partition("=")[2])
 def test_peak_of_forward_and_backward(flex_stand_in, mode, shape):
     """Told from above: gradients and activations as if all were there at once."""
@@ -149,8 +153,10 @@ def flex_stand_in(operators, monkeypatch):
     def flex(q, k, v, sinks, mask, scale):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = torch.ops.microtron_test.flex(q, k, v)
-        kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
-        return (out * kept.unsqueeze(-1).to(out.dtype)).transpose(1, 2)
+        if sinks is not None:
+            kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
+            out = out * kept.unsqueeze(-1).to(out.dtype)
+        return out.transpose(1, 2)
 
     monkeypatch.setitem(attention_core.BACKENDS, "flex", flex)
 
@@ -172,7 +178,7 @@ def cuda_plan(job):
 BF16 = "--training.mixed_precision_param=bfloat16"
 
 
-@pytest.mark.parametrize("shape", ["moe", "dense", "no biases", "qk-norm"])
+@pytest.mark.parametrize("shape", ["moe", "dense", "no biases", "qk-norm", "gpt2", "llama"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m.partition("=")[2])
 def test_activations_on_cuda_as_far_as_they_can_be_seen_without_it(
     without_cuda, monkeypatch, mode, shape
@@ -186,7 +192,7 @@ def test_activations_on_cuda_as_far_as_they_can_be_seen_without_it(
     assert memory_of(plan, 0).activations == pytest.approx(kept, rel=0.02)
 
 
-@pytest.mark.parametrize("shape", ["moe", "dense"])
+@pytest.mark.parametrize("shape", ["moe", "dense", "gpt2", "llama"])
 def test_activations_of_compiled_blocks(without_cuda, shape):
     """By torch's own partitioner, without code generation."""
     job = job_of(BF16, "--compile.enable", *SHAPES[shape], ranks=2)
@@ -207,7 +213,7 @@ def test_activations_of_compiled_blocks(without_cuda, shape):
     assert memory_of(plan, 0).activations == pytest.approx(kept, rel=0.1)
 
 
-@pytest.mark.parametrize("shape", ["moe", "dense"])
+@pytest.mark.parametrize("shape", ["moe", "dense", "gpt2", "llama"])
 def test_activations_under_autocast(flex_stand_in, monkeypatch, shape):
     """One GPU without FSDP2; a CPU's autocast stands for CUDA's. Copies of weights count too."""
     monkeypatch.setattr(model, "build_masks", lambda *a: {"window": None, "full": None})

@@ -15,6 +15,7 @@ BAD = {
     "n_layers": [0, 1.0],
     "vocab_size": [0, -1],
     "tie_embeddings": ["yes", 1],
+    "norm": ["batch", None],
     "norm_eps": [0.0, -1e-5, NAN],
     "n_heads": [0, -4],
     "n_kv_heads": [0, 3, 8],
@@ -25,11 +26,15 @@ BAD = {
     "window": [0, -1],
     "window_pattern": ["", "sl", "SLX", 3],
     "attn_backend": ["flash", "", None],
+    "positions": ["alibi", True],
+    "max_positions": [-1, 64, 8.0],
     "rope_theta": [0.0, -1.0, INFINITE],
     "rope_factor": [0.5, 0.0, NAN],
+    "rope_scaling": ["linear"],
     "rope_original_len": [0],
     "rope_beta_fast": [0.0, 0.5],
     "rope_beta_slow": [0.0, -1.0],
+    "activation": ["relu", "gelu", "swiglu"],
     "hidden_dim": [-1, 2.0],
     "num_experts": [-1, 4.0],
     "top_k": [0, 5, -1],
@@ -48,6 +53,11 @@ BAD = {
     "loss_chunk_tokens": [0],
     "embed_std": [0.0, -1.0],
     "init_scale": [0.0],
+}
+NEEDED = {  # what a choice asks of other fields
+    "learned": {"max_positions": 8},
+    "gelu": {"num_experts": 0},
+    "swiglu": {"num_experts": 0},
 }
 FIELDS = [field.name for field in dataclasses.fields(ModelArgs)]
 
@@ -82,7 +92,7 @@ def test_choices_are_listed_and_accepted(name):
     message = refusal(**{name: "nonsense"})
     for choice in choices:
         assert choice in message
-        assert getattr(tiny_args(**{name: choice}), name) == choice
+        assert getattr(tiny_args(**{name: choice}, **NEEDED.get(choice, {})), name) == choice
 
 
 def test_fields_that_contradict_each_other():
@@ -93,6 +103,19 @@ def test_fields_that_contradict_each_other():
     assert "model.args.dim = 44" in refusal(dim=44, experts_backend="grouped_mm")
     assert "model.args.expert_dim = 12" in refusal(expert_dim=12, experts_backend="grouped_mm")
     assert tiny_args(dim=44, expert_dim=12, experts_backend="loop").dim == 44
+    assert "positions = learned needs a table" in refusal(positions="learned")
+    assert "give 0, or set positions = learned" in refusal(max_positions=64)
+    learned = {"positions": "learned", "max_positions": 8}
+    assert "rope_factor = 2.0 cannot work: positions = learned rotates nothing" in refusal(
+        rope_factor=2.0, **learned
+    )
+    assert "(num_experts = 4) have clamped_swiglu alone" in refusal(activation="gelu")
+
+
+def test_the_shortest_original_context_is_yarns_alone():
+    short = {"rope_factor": 2.0, "rope_original_len": 6}
+    assert "more than 2 pi rope_beta_slow = 6.3" in refusal(**short)
+    assert tiny_args(rope_scaling="llama3", **short).rope_original_len == 6
 
 
 def test_a_dense_model_does_not_look_at_expert_fields():

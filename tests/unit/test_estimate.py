@@ -8,7 +8,7 @@ from microtron.accelerator import DEVICE_TYPE
 
 import pytest
 import torch
-from tiny_run import DENSE, TINY
+from tiny_run import DENSE, GPT2, TINY
 from torch.distributed.pipelining import schedules
 
 from microtron.cli import main
@@ -86,6 +86,9 @@ def test_weights_are_those_of_the_model(flavor):
         ({"pp": 2, "schedule": "ZBVZeroBubble", "fsdp": 2, "ep": 2}, ()),
         ({"pp": 2, "tp": 2, "ddp": 2}, (DENSE, "--compile.enable")),
         ({"fsdp": 2}, ("--model.args.tie_embeddings=true",)),
+        ({"fsdp": 2, "tp": 2}, GPT2),
+        ({"pp": 2, "cp": 2}, GPT2),
+        ({"fsdp": 2, "tp": 2}, (*GPT2, "--model.args.tie_embeddings=true")),
     ],
     ids=str,
 )  # fmt: skip
@@ -117,6 +120,7 @@ def test_a_thousand_ranks_are_rehearsed(monkeypatch):
 
 
 REAL = ["fsdp2", "tp2, full", "tp2, selective", "cp2", "tp2 x ep2, etp2", "pp2 Interleaved1F1B"]
+REAL += ["tp2, gpt2", "cp2, gpt2"]
 
 
 @pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="these ranks are of a CPU")

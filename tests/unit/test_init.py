@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import build, tiny_args, tokens_of
+from helpers import GPT2, build, tiny_args, tokens_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -160,6 +160,7 @@ def test_untied_embeddings_are_two():
         {"dim": 64, "vocab_size": 2000},
         {"qk_norm": True, "sinks": False},
         {"init_scale": 0.5},
+        GPT2 | {"hidden_dim": 256},
     ],
     ids=str,
 )
@@ -191,6 +192,16 @@ def test_standard_deviations():
         assert dense[f"layers.0.feed_forward.{name}.weight"].std().item() == pytest.approx(
             std, rel=0.05
         )
+
+
+def test_gpt2s_tables_and_norms():
+    actual = weights(build(tiny_args(**(GPT2 | {"dim": 256, "hidden_dim": 256}))))
+    for name in ("tok_embeddings.weight", "pos_embeddings.weight"):
+        assert actual[name].std().item() == pytest.approx(0.02, rel=0.05), name
+    up, down = (actual[f"layers.1.feed_forward.{n}.weight"].std().item() for n in ("up", "down"))
+    assert up == pytest.approx(1 / 16, rel=0.05) and down == pytest.approx(1 / 32, rel=0.05)
+    for norm in ("norm", "layers.0.attention_norm", "layers.1.ffn_norm"):
+        assert actual[f"{norm}.weight"].eq(1).all() and actual[f"{norm}.bias"].eq(0).all()
 
 
 def test_place_receives_every_parameter_in_full():

@@ -2,28 +2,33 @@
 
 import pytest
 import torch
-from helpers import build, tiny_args, tokens_of
+from helpers import GPT2, build, tiny_args, tokens_of
 
 from microtron.optim.balance import ExpertBalance
 from microtron.optim.groups import RULES, parameter_groups
 
+SHAPES = {"gpt-oss": {"qk_norm": True}, "gpt2": GPT2 | {"tie_embeddings": False}}
 
-def test_every_parameter_is_claimed_once():
-    model = build(tiny_args(qk_norm=True))
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_is_claimed_once(shape):
+    model = build(tiny_args(**SHAPES[shape]))
     groups = parameter_groups(model, lr=1.0, weight_decay=0.1)
     claimed = [id(p) for g in groups for p in g["params"]]
     assert sorted(claimed) == sorted(id(p) for p in model.parameters())
     assert {g["name"] for g in groups} == {r.name for r in RULES}
 
 
-def test_what_has_no_scale_is_not_decayed():
-    model = build(tiny_args(qk_norm=True))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_has_no_scale_is_not_decayed(shape):
+    model = build(tiny_args(**SHAPES[shape]))
     names = {id(p): n for n, p in model.named_parameters()}
     for group in parameter_groups(model, lr=1.0, weight_decay=0.1):
         for parameter in group["params"]:
             name = names[id(parameter)]
             vector = "norm" in name or "bias" in name or name.endswith("sinks")
-            expected = 0.0 if vector or name.startswith("tok_embeddings") else 0.1
+            table = name.startswith(("tok_embeddings", "pos_embeddings"))
+            expected = 0.0 if vector or table else 0.1
             assert group["weight_decay"] == expected, name
 
 

@@ -1,11 +1,11 @@
-"""RoPE and YaRN against transformers, published numbers and the definition."""
+"""RoPE and its extensions against transformers, published numbers and the definition."""
 
 import math
 
 import pytest
 import torch
 from helpers import tiny_args
-from transformers import GptOssConfig
+from transformers import GptOssConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from microtron.model.rope import RotaryEmbedding, attention_factor, inverse_frequencies, rotate
@@ -67,6 +67,45 @@ def test_yarn_against_transformers(changes):
     frequencies, factor = theirs(args)
     torch.testing.assert_close(inverse_frequencies(args), frequencies, rtol=1e-6, atol=0)
     assert attention_factor(args) == pytest.approx(factor, rel=1e-12)
+
+
+LLAMA3 = {  # Llama 3.1 8B's config.json
+    "rope_scaling": "llama3",
+    "head_dim": 128,
+    "rope_theta": 500000.0,
+    "rope_factor": 8.0,
+    "rope_original_len": 8192,
+    "rope_beta_fast": 4.0,
+    "rope_beta_slow": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_factor": 32.0, "head_dim": 64},  # Llama 3.2 1B
+        {"rope_original_len": 6, "rope_theta": 20.0, "head_dim": 16},  # none is kept
+        {"rope_beta_fast": 2.5, "rope_beta_slow": 0.3},
+    ],
+)
+def test_llama3_against_transformers(changes):
+    args = tiny_args(**(LLAMA3 | changes))
+    config = LlamaConfig(
+        head_dim=args.head_dim,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": args.rope_theta,
+            "factor": args.rope_factor,
+            "low_freq_factor": args.rope_beta_slow,
+            "high_freq_factor": args.rope_beta_fast,
+            "original_max_position_embeddings": args.rope_original_len,
+        },
+        max_position_embeddings=131072,
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    torch.testing.assert_close(inverse_frequencies(args), frequencies, rtol=1e-6, atol=0)
+    assert attention_factor(args) == factor == 1.0
 
 
 def test_gpt_oss_numbers():

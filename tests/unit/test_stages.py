@@ -27,7 +27,8 @@ def held(args, layers):
     """Parameters of a stage, counted on modules (the last norm left out)."""
     model = build(args)
     parts = [model.layers[str(i)] for i in layers]
-    parts += [model.tok_embeddings] if 0 in layers else []
+    if 0 in layers:
+        parts += [p for p in (model.tok_embeddings, model.pos_embeddings) if p is not None]
     parts += [model.output] if args.n_layers - 1 in layers else []
     return sum(p.numel() for part in parts for p in part.parameters())
 
@@ -39,10 +40,12 @@ def every_cut(layers, stages):
         yield [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
+LEARNED = {"positions": "learned", "max_positions": 900, "norm": "layer"}
 SHAPES = {
     "head and embedding small": {},
     "head of some layers": {"vocab_size": 1500},
     "head dearer than all layers": {"vocab_size": 20000},
+    "learned positions": LEARNED,
     "windows": {"window": 1, "window_pattern": "SSSL"},
     "full layers dear": {"window": 1, "window_pattern": "SSLL", "num_experts": 0, "hidden_dim": 8},
 }
@@ -99,6 +102,16 @@ def test_the_head_decides_between_equals():
     assert lengths(args, 3, seq_len=8192) == [1, 5, 3]
 
 
+def test_the_position_table_decides_between_equals():
+    """A dear last layer sets the pace; the table is as large as two of the cheap layers."""
+    shape = {"n_layers": 9, "window": 1, "window_pattern": "SSSSSSSSL"}
+    args = tiny_args(**shape)
+    assert lengths(args, 3, seq_len=8192) == [4, 4, 1]
+    rows = 2 * accounting.count_parameters(args).non_embedding // 9 // args.dim
+    args = tiny_args(**shape, positions="learned", max_positions=rows)
+    assert lengths(args, 3, seq_len=8192) == [3, 5, 1]
+
+
 @pytest.mark.parametrize("name", FLAVORS)
 def test_flavors_are_cut_as_evenly_as_layers_allow(name):
     args = flavor(name)
@@ -115,17 +128,20 @@ def test_stages_without_layers(stages):
         split(tiny_args(), 16, stages)
 
 
-def test_module_names_hold_the_whole_model_once():
-    args = tiny_args(n_layers=5)
+@pytest.mark.parametrize("learned", [False, True], ids=["rope", "learned"])
+def test_module_names_hold_the_whole_model_once(learned):
+    args = tiny_args(n_layers=5, **(LEARNED if learned else {}))
     stages = split(args, 16, 3)
     names = [module_names(args, s, s is stages[0], s is stages[-1]) for s in stages]
-    assert all("rope" in own for own in names)
+    assert all(("rope" in own) != learned for own in names)
+    assert ("pos_embeddings" in names[0]) == learned
     told = sorted(n for own in names for n in own if n != "rope")
     model = build(args)
     children = [n for n, _ in model.named_children() if n not in ("layers", "rope")]
     assert told == sorted(children + [f"layers.{n}" for n in model.layers])
     assert names[0][0] == "tok_embeddings" and names[-1][-2:] == ["norm", "output"]
-    assert module_names(args, range(5), True, True)[:2] == ["tok_embeddings", "rope"]
+    table = "pos_embeddings" if learned else "rope"
+    assert module_names(args, range(5), True, True)[:2] == ["tok_embeddings", table]
 
 
 # -- how many -------------------------------------------------------------------------------------

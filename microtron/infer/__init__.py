@@ -1,0 +1,1 @@
+"""A trained model at work: loading, cached generation, `microtron generate`, `microtron chat`."""
