@@ -254,7 +254,7 @@ def task_manager(tasks: list[str], include_path: Path | None = None) -> Any:  # 
     """
     if not installed("lm_eval"):
         raise UserError(
-            "--tasks needs lm-evaluation-harness: pip install 'microtron[eval]' (--hellaswag and "
+            "--tasks needs lm-evaluation-harness: pip install lm-eval (--hellaswag and "
             "--bpb work without it)"
         )
     if include_path is not None and not include_path.is_dir():

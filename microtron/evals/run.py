@@ -14,20 +14,17 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from microtron.accelerator import DEVICE_TYPE
-
-import torch
 import tyro
 
 from microtron.errors import UserError
 from microtron.evals import bpb as bits
 from microtron.evals import choice, harness, table
 from microtron.evals.asked import Asked, facts
-from microtron.infer.load import load
+from microtron.infer.load import choose, load
 
 
 def evaluate(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")],
     tasks: str = "",
     include_path: Path | None = None,
     limit: int | None = None,
@@ -37,7 +34,7 @@ def evaluate(
     stride: int | None = None,
     max_length: int | None = None,
     batch_size: int = 32,
-    device: str = "",
+    device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     tokenizer: str | None = None,
     out: Path | None = None,
@@ -55,7 +52,7 @@ def evaluate(
         stride: Tokens that a window of --bpb moves on; default: half of --max-length.
         max_length: Tokens the model sees at once; default: as it was trained.
         batch_size: Rows computed together.
-        device: cpu, cuda, ...; default: CUDA where there is one.
+        device: auto, cpu, cuda or cuda:N.
         dtype: Of weights and computation.
         tokenizer: As for `microtron prepare`, where the checkpoint has none.
         out: Also write the results there, as JSON.
@@ -81,9 +78,8 @@ def evaluate(
     examples = choice.read(hellaswag, limit or -1) if hellaswag else []
     texts = {str(path): bits.read_text(path) for path in bpb}
     began = time.perf_counter()
-    loaded = load(
-        checkpoint, device=device or DEVICE_TYPE, dtype=getattr(torch, dtype), tokenizer=tokenizer
-    )
+    where, kind = choose(device, dtype)
+    loaded = load(checkpoint, device=where, dtype=kind, tokenizer=tokenizer)
     asked = Asked(loaded, max_length, batch_size, stride)
     settings |= {"max_length": asked.scorer.max_length, "window": asked.window}
     scores = asked.tasks(names, manager, limit, num_fewshot) if names else []
@@ -97,7 +93,7 @@ def evaluate(
         "scores": scores,
     }
     at = f" (step {found['step']})" if found["step"] is not None else ""
-    print(table.text(checkpoint.resolve().name + at, scores))
+    print(table.text(checkpoint.resolve().name + at, scores, limit))
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
 

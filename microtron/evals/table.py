@@ -22,12 +22,13 @@ COLUMNS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 }
 
 
-def text(name: str, scores: Sequence[dict[str, Any]]) -> str:
+def text(name: str, scores: Sequence[dict[str, Any]], limit: int | None = None) -> str:
     """Both tables, as Markdown.
 
     Args:
         name: what our row is called.
         scores: each with ``task, metric, value``; ``stderr, examples, tokens`` where known.
+        limit: examples that were asked of each task, told beside our figures; None: all.
     """
     rows = [
         [s["task"], s["metric"], _figure(s["value"]), _figure(s.get("stderr")), _count(s)]
@@ -38,16 +39,17 @@ def text(name: str, scores: Sequence[dict[str, Any]]) -> str:
     kinds = [kind for kind, _ in COLUMNS.values()]
     for model, values in REFERENCE.items():
         beside.append([model, *map(format, values, kinds)])
-    beside.append([name, *(_ours(column, scores) for column in COLUMNS)])
+    beside.append([name, *(_ours(column, scores, limit) for column in COLUMNS)])
     return f"{all_scores}\n\n{_aligned(beside)}"
 
 
-def _ours(column: str, scores: Sequence[dict[str, Any]]) -> str:
+def _ours(column: str, scores: Sequence[dict[str, Any]], limit: int | None) -> str:
     kind, wanted = COLUMNS[column]
     for task, metric in wanted:
         for score in scores:
             if (score["task"], score["metric"]) == (task, metric) and not score.get("shots"):
-                return format(100 * score["value"], kind)
+                told = f" (first {limit})" if limit else ""
+                return format(100 * score["value"], kind) + told
     return "-"
 
 

@@ -43,6 +43,7 @@ def model_card(
         if passed
         else "Exported without comparing it in transformers."
     )
+    warned = vllm_differs(args)
     return "\n".join(
         [
             "---",
@@ -59,10 +60,29 @@ def model_card(
             "",
             checked,
             "",
+            *([warned, ""] if warned else []),
             *_usage(name, tokenizer),
             "",
         ]
     )
+
+
+def vllm_differs(args: ModelArgs) -> str:
+    """What vLLM would compute otherwise, its GptOss not asking config.json; '' where nothing is.
+
+    (github.com/vllm-project/vllm, vllm/model_executor/models/gpt_oss.py: ``layer_idx % 2`` and
+    ``eps=1e-5``. SGLang and transformers read the file.)
+    """
+    if architecture(args) != "gpt_oss":
+        return ""
+    kinds = [args.mask_kind(layer) for layer in range(args.n_layers)]
+    found = []
+    if kinds != [("window", "full")[layer % 2] for layer in range(args.n_layers)]:
+        found.append(f"window_pattern {args.window_pattern!r} (it takes 'SL')")
+    if args.norm_eps != 1e-5:
+        found.append(f"norm_eps {args.norm_eps} (it takes 1e-05)")
+    told = "vLLM does not read all of config.json and would compute something else: "
+    return f"{told}{', '.join(found)}." if found else ""
 
 
 def _origin(about: dict[str, Any]) -> str:

@@ -36,8 +36,8 @@ TOKENIZER_FILES = (
 
 
 def from_hf(
-    folder: Annotated[Path, tyro.conf.Positional],
-    out: Annotated[Path, tyro.conf.Positional],
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     dtype: Literal["keep", "float32", "bfloat16"] = "keep",
 ) -> None:
     """Converts a Hugging Face folder into a checkpoint, with a recipe that trains it on.

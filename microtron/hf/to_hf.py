@@ -96,6 +96,8 @@ def export(
     size = sum(part.nbytes for part in parts)
     told = f"; {passed}" if passed else ""
     files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+    if warned := card.vllm_differs(args):
+        print(f"note: {warned}", file=sys.stderr)
     print(f"wrote {out}: {size / 1e6:,.1f} MB of weights in {files}{told}")
     return out
 

@@ -30,7 +30,7 @@ from microtron.scaling.plan import Plan, plan_of
 
 
 def estimate(
-    toml: Annotated[Path, tyro.conf.Positional],
+    toml: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TOML")],
     ngpu: int | None = None,
     device: str = "",
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),  # noqa: A002

@@ -341,7 +341,7 @@ def test_without_the_harness(step, tasks, capsys, monkeypatch):
     monkeypatch.setattr(harness, "installed", lambda package: package != "lm_eval")
     code, _, err = evaluated(capsys, step, "--tasks", "mini_text", "--include-path", tasks)
     assert code == 1
-    assert_one_line(err, "pip install 'microtron[eval]'", "--bpb work without it")
+    assert_one_line(err, "pip install lm-eval", "--bpb work without it")
 
 
 @pytest.mark.parametrize(

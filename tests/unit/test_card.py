@@ -106,3 +106,13 @@ def test_a_converted_model_is_not_called_ours(run):
     text = card(flavor("debug"), run, step=0, tokens=0, source="/downloads/their-model")
     assert "Converted with microtron from `their-model`" in text and "pretrained with" not in text
     assert "/downloads" not in text
+
+
+def test_what_vllm_would_get_wrong_is_told(run):
+    """It takes even layers for windows, whatever layer_types says."""
+    assert "vLLM" not in card(tiny_args(n_layers=4), run)
+    assert "vLLM" not in card(tiny_args(**LLAMA), run)
+    for wrong in ({"window_pattern": "SSL"}, {"window_pattern": "L"}, {"norm_eps": 1e-6}):
+        (name,) = wrong
+        told = card(tiny_args(n_layers=4, **wrong), run)
+        assert "vLLM does not read all" in told and f"{name} {wrong[name]!r}" in told

@@ -58,6 +58,8 @@ def test_ours_stands_below_gpt2():
         ["mine (step 3)", "-", "30.9", "-"],  # of LAMBADA there is no accuracy
     ]
     assert len(set(map(len, beside.splitlines()))) == 1 and len(REFERENCE) == 4
+    limited = rows(text("mine", scores_of(FOUND), 1000))
+    assert limited[-1] == ["mine", "-", "30.9 (first 1000)", "-"]
 
 
 def test_figures_of_other_conditions_stay_out_of_the_comparison():

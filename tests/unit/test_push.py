@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from exporting import args_of, write_step
@@ -76,6 +77,7 @@ def test_the_command_as_a_user_calls_it(export, tmp_path):
             [sys.executable, "-m", "microtron.cli", "push", str(export), "me/model"],
             env={
                 "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
                 "HOME": str(tmp_path),
                 "HF_HOME": str(tmp_path / "hf"),
                 "HF_ENDPOINT": hub.url,

@@ -62,7 +62,8 @@ def test_rows_that_have_ended_draw_nothing():
     ways = [Sampling(seed=1), Sampling(seed=2)]
     some, alone = Sampler(ways), Sampler(ways[1:])
     some(LOGITS[:2], [0, 1]), alone(LOGITS[1:2], [0])
-    assert some(LOGITS[2:3], [1]) == alone(LOGITS[2:3], [0])
+    for logits in LOGITS[2:12, None]:
+        assert some(logits, [1]) == alone(logits, [0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])

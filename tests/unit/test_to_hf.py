@@ -3,7 +3,6 @@ becomes of OUT when something goes wrong. The gate has its own file, test_gate.p
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,22 +243,18 @@ def test_one_tensor_at_a_time(steps, tmp_path, monkeypatch):
     assert len(held) > 20 and max(most) <= 2  # q and k, when v is read
 
 
-def test_the_command(steps, tmp_path):
+def test_the_command(steps, tmp_path, capfd):
     """On a run's folder, and on a folder that is none: exit codes and streams."""
-    run = steps["gpt_oss"].parents[1]
-    command = [sys.executable, "-m", "microtron.cli", "convert", "to-hf"]
-    done = subprocess.run(
-        [*command, str(run), str(tmp_path / "out"), "--dtype", "bfloat16"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"wrote {tmp_path / 'out'}") and done.stdout.count("\n") == 1
-    assert "512 positions agree within" in done.stdout
-    assert done.stderr == f"converting {steps['gpt_oss']}\n"
     from microtron.cli import main
 
-    assert main(["convert", "to-hf", str(tmp_path / "out"), str(tmp_path / "x")]) == 1
+    run, out = steps["gpt_oss"].parents[1], tmp_path / "out"
+    assert main(["convert", "to-hf", str(run), str(out), "--dtype", "bfloat16"]) == 0
+    told = capfd.readouterr()
+    assert told.out.startswith(f"wrote {out}: ") and told.out.count("\n") == 1
+    assert "512 positions agree within" in told.out
+    assert told.err == f"converting {steps['gpt_oss']}\n"
+    assert main(["convert", "to-hf", str(out), str(tmp_path / "x"), "--no-gate"]) == 1
+    assert capfd.readouterr().err.startswith(f"error: {out} ")
 
 
 def test_the_benchmark_compares_equal_weights(tmp_path, monkeypatch):
