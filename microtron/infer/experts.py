@@ -26,10 +26,8 @@ class FewTokens(nn.Module):
         weights = moe.experts.gate_up
         bags = weights.device.type == "cpu" and weights.dtype == torch.float32
         self.few = FEW * len(weights) if bags and moe.experts.backend != "loop" else 0
-        self.rows_up, self.rows_down = (
-            torch.arange(w.shape[0] * w.shape[1]).view(w.shape[:2]) if self.few else None
-            for w in (weights, moe.experts.down)
-        )
+        if self.few:
+            self.up, self.down = Bags(weights), Bags(moe.experts.down)
 
     def forward(self, x: torch.Tensor, step_tokens: int | None = None) -> tuple[torch.Tensor, None]:
         """x [B, n, dim]."""
@@ -56,39 +54,41 @@ class FewTokens(nn.Module):
         """tokens [N, dim] -> [N, dim]; M = N k pairs of token and expert."""
         own = self.moe.experts
         if tokens.shape[0] == 1:
-            expert, x = routing.experts[0], tokens.repeat(self.moe.top_k, 1)
+            expert, x = routing.experts[0], tokens.expand(self.moe.top_k, -1).contiguous()
         else:
             expert, order = routing.experts.view(-1).sort(stable=True)  # [M]
             token = order // self.moe.top_k
             x = tokens.index_select(0, token)
-        hidden = bags(x, own.gate_up, own.gate_up_bias, expert, self.rows_up)
+        hidden = self.up(x, own.gate_up_bias, expert)
         gate, up = hidden.view(*hidden.shape[:-1], -1, 2).unbind(-1)
         gate = gate.clamp(max=own.limit)
         act = torch.sigmoid(gate * own.alpha).mul_(gate)
         act.mul_(up.clamp(-own.limit, own.limit).add_(1))
-        out = bags(act, own.down, own.down_bias, expert, self.rows_down)
+        out = self.down(act, own.down_bias, expert)
         if tokens.shape[0] == 1:
             return routing.weights @ out
         out.mul_(routing.weights.view(-1).index_select(0, order).unsqueeze(-1))
         return torch.zeros_like(tokens).index_add_(0, token, out)
 
 
-def bags(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    expert: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """``x[m] @ weight[e] + bias[e]``, e = expert[m]: x [M, in], weight [E, in, out] -> [M, out].
+class Bags:
+    """Rows of x through one of several weights each: a bag of the weight's rows.
 
-    rows: [E, in] where in ``weight.flatten(0, 1)`` each expert's rows lie.
+    Args:
+        weights: [E, in, out], kept as they are.
     """
-    out = weighted_rows(weight.flatten(0, 1), rows.index_select(0, expert), x)
-    return out if bias is None else out.add_(bias.index_select(0, expert))
 
+    def __init__(self, weights: torch.Tensor) -> None:
+        experts, width, _ = weights.shape
+        self.table = weights.detach().flatten(0, 1)
+        self.rows = torch.arange(experts * width).view(experts, width)
+        self.starts = torch.arange(0, FEW * experts * width, width)
 
-def weighted_rows(table: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``sum_i x[m, i] * table[rows[m, i]]``: x and rows [M, in], table [., out] -> [M, out]."""
-    starts = torch.arange(0, rows.numel(), rows.shape[1])
-    return torch.embedding_bag(table, rows.view(-1), starts, False, 0, False, x.view(-1))[0]
+    def __call__(
+        self, x: torch.Tensor, bias: torch.Tensor | None, expert: torch.Tensor
+    ) -> torch.Tensor:
+        """``x[m] @ weights[e] + bias[e]``, e = expert[m]: x [M, in], bias [E, out] -> [M, out]."""
+        rows = self.rows.index_select(0, expert).view(-1)
+        starts = self.starts[: x.shape[0]]
+        out = torch.embedding_bag(self.table, rows, starts, False, 0, False, x.view(-1))[0]
+        return out if bias is None else out.add_(bias.index_select(0, expert))

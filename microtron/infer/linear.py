@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from microtron.infer.experts import weighted_rows
-
 
 class Product:
     """``F.linear`` of one or several linear layers of the same input, side by side.
@@ -38,12 +36,13 @@ class Product:
         if self.bias is not None:
             for linear, bias in zip(linears, self.bias.split(sizes), strict=True):
                 linear.bias.data = bias
-        self.rows = torch.arange(first.in_features).unsqueeze(0)
+        self.rows, self.start = torch.arange(first.in_features), torch.zeros(1, dtype=torch.long)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
         if not (self.streamed and self.bag) or x.numel() != x.shape[-1]:
             return F.linear(x, self.weight, self.bias)
-        out = weighted_rows(self.weight.t(), self.rows, x)
+        table, flat = self.weight.t(), x.reshape(-1)
+        out = torch.embedding_bag(table, self.rows, self.start, False, 0, False, flat)[0]
         out = out if self.bias is None else out.add_(self.bias)
         return out.view(*x.shape[:-1], -1)
