@@ -83,8 +83,8 @@ RULES: dict[str, Rule] = {
     ),
     "checkpoint.initial_load_in_hf_quantized": (
         lambda v: not v,
-        "convert the folder once by `microtron convert from-hf` and name the result in "
-        "checkpoint.initial_load_path",
+        "leave it out: checkpoint.initial_load_in_hf reads MXFP4 as it is; or convert the folder "
+        "once by `microtron convert from-hf`",
     ),
     "checkpoint.last_save_in_hf": (
         lambda v: not v or importlib.util.find_spec("transformers") is not None,

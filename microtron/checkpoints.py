@@ -156,7 +156,11 @@ def identity(step_folder: Path) -> dict[str, Any]:
     path = step_folder / IDENTITY
     try:
         found = json.loads(path.read_text())
-        dict(found["model_args"])
+        told = found.get("tokenizer")
+        if not isinstance(found["model_args"], dict) or not isinstance(told, dict | str | None):
+            raise TypeError("model_args or tokenizer is no table of fields")
+        if isinstance(told, dict) and not {"name", "fingerprint"} <= told.keys():
+            raise KeyError("tokenizer has no name and fingerprint")
         return found
     except FileNotFoundError:
         raise UserError(

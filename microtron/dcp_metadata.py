@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from microtron.errors import UserError
 
@@ -116,8 +121,12 @@ def _check_metadata(step: Path, found: Metadata) -> None:
 
 
 def _check_chunks(name: str, held: TensorStorageMetadata, found: Metadata) -> None:
+    if not isinstance(held.properties.dtype, torch.dtype):
+        raise TypeError(f"{name} has no dtype")
     count = 0
     for chunk in held.chunks:
+        if min(*chunk.offsets, *chunk.sizes, 0, 0) < 0:
+            raise ValueError(f"a part of {name} lies outside of it")
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         if len(ends) != len(held.size) or any(e > s for e, s in zip(ends, held.size, strict=True)):
             raise ValueError(f"a part of {name} lies outside of it")
@@ -126,6 +135,28 @@ def _check_chunks(name: str, held: TensorStorageMetadata, found: Metadata) -> No
         count += chunk.sizes.numel()
     if count != held.size.numel():
         raise ValueError(f"{name} is stored with {count} of its {held.size.numel()} values")
+    if _overlap(held.chunks):  # then another part of it would be left unset
+        raise ValueError(f"two parts of {name} overlap")
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
+    """Whether two parts share a value; looked for along the dimension with the most cuts."""
+    boxes = [
+        [(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for chunk in chunks
+        if chunk.sizes.numel()
+    ]
+    if len(boxes) < 2:
+        return False
+    cut = max(range(len(boxes[0])), key=lambda dim: len({box[dim] for box in boxes}))
+    reaching: list[list[tuple[int, int]]] = []  # beyond where the next part begins
+    for box in sorted(boxes, key=lambda box: box[cut]):
+        reaching = [other for other in reaching if other[cut][1] > box[cut][0]]
+        for other in reaching:
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)):
+                return True
+        reaching.append(box)
+    return False
 
 
 def _ends(found: Metadata) -> dict[str, int]:

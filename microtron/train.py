@@ -312,8 +312,7 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
         if requested:
             return 128 + requested[0]
         trainer.resume()
-        unfinished = trainer.step < job.training.steps
-        if rank == 0 and unfinished:
+        if rank == 0 and trainer.step < job.training.steps:
             write_config(folder / "config.toml", job.to_dict())
         trainer.train()
     except Exception as error:
@@ -324,8 +323,7 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
             trainer.close()
         watchdog.close()
     dist.destroy_process_group()
-    wanted = job.checkpoint.last_save_in_hf and (unfinished or not (folder / "hf").exists())
-    if wanted and rank == 0:
+    if job.checkpoint.last_save_in_hf and rank == 0:
         last = trainer._step_folder(trainer.saved_step)
         del trainer  # its memory is wanted
         export(last, folder / "hf", job.checkpoint.export_dtype)
@@ -333,12 +331,17 @@ def run(argv: list[str], rank: int, world_size: int) -> int:
 
 
 def export(step: Path, out: Path, dtype: str) -> None:
-    """Writes the last step as a Hugging Face folder, when nobody waits for this rank any more.
+    """Writes the last step as a Hugging Face folder, when nobody waits for this rank any more; one
+    that is newer than the step stays.
 
     Raises:
         UserError: it could not, or transformers computes something else.
     """
     from microtron.hf import to_hf
+
+    config = out / "config.json"
+    if config.is_file() and config.stat().st_mtime > (step / ".metadata").stat().st_mtime:
+        return
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

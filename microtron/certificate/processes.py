@@ -142,8 +142,9 @@ def _where(processes: list[Any], folder: Path) -> str:
 
 
 def _tail(folder: Path, rank: int) -> str:
-    """The end of what a rank and its libraries said."""
-    return (folder / f"rank{rank}.log").read_text(errors="replace")[-8000:]
+    """The end of what a rank and its libraries said; nothing where it died before."""
+    log = folder / f"rank{rank}.log"
+    return log.read_text(errors="replace")[-8000:] if log.is_file() else ""
 
 
 def _rank(

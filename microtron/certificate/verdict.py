@@ -7,7 +7,7 @@ import torch
 # Relative to the norm of what one process got; gradients and weights parameter by parameter.
 TOLERANCE = {"loss": 1e-6, "norm": 1e-5, "grads": 1e-4, "weights": 1e-4}
 # Gradients below this share of the step's norm are measured as if they were so large: GPT-2's key
-# bias has none but rounding (1e-9 of the norm), for it moves no softmax; all others have 5e-4.
+# bias has none but rounding (1e-9 of the norm), for it moves no softmax; others have as much.
 FAINT = 3e-4
 
 

@@ -1,10 +1,11 @@
 """One loaded checkpoint, and what `microtron eval` asks it."""
 
+import contextlib
 import functools
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def facts(loaded: Loaded) -> dict[str, Any]:
     told = checkpoints.identity(loaded.path) if loaded.kind == "dcp" else {}
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("microtron", "lm_eval"):
-        if harness.installed(package):
+        with contextlib.suppress(PackageNotFoundError):  # run from a clone, or no harness
             found[package] = version(package)
     device = next(loaded.model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -80,6 +80,8 @@ def _example(line: str, place: str) -> Example:
     if wrong:
         raise UserError(f"{place} lacks {', '.join(wrong)}: {remedy}")
     label, endings = str(fields.get("label", "")), fields["endings"]
+    if not all(isinstance(ending, str) for ending in endings):
+        raise UserError(f"{place}: one of its endings is no text: {remedy}")
     if not label.isdecimal() or int(label) >= len(endings):
         raise UserError(
             f"{place}: label {label!r} names none of its {len(endings)} endings (the test split "
@@ -114,8 +116,9 @@ def pair(
 def shortened(pair: Pair, longest: int) -> Pair:
     """Cut on the left to what a model sees at once; the last token is a target alone."""
     context, continuation = pair
-    whole, wanted = (context + continuation)[-longest - 1 :], min(len(continuation), longest)
-    return whole[:-wanted], whole[-wanted:]
+    whole = (context + continuation)[-longest - 1 :]
+    start = len(whole) - min(len(continuation), longest)
+    return whole[:start], whole[start:]
 
 
 def question(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from microtron.data.tokenizers import write_file
 from microtron.errors import UserError
 from microtron.evals import bpb as bits
 from microtron.evals import choice, harness, table
@@ -93,9 +94,9 @@ def evaluate(
         "scores": scores,
     }
     at = f" (step {found['step']})" if found["step"] is not None else ""
-    print(table.text(checkpoint.resolve().name + at, scores, limit))
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        write_file(out.absolute().parent, out.name, json.dumps(found, indent=1).encode() + b"\n")
+    print(table.text(checkpoint.resolve().name + at, scores, limit))
 
 
 def _check(settings: dict[str, Any], out: Path | None) -> None:

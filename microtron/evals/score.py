@@ -16,9 +16,8 @@ import torch
 
 from microtron.errors import UserError
 from microtron.evals.choice import Pair, shortened
-from microtron.infer.attention import FirstStep
+from microtron.infer.attention import WholeStep
 from microtron.infer.engine import Engine
-from microtron.infer.kv_cache import Cache
 from microtron.model.model import Transformer
 
 _LOGITS = 2**26  # the most logits at once: 256 MiB in fp32
@@ -57,16 +56,15 @@ class Scorer:
 
         Args:
             pairs: ids of a context, one at least, and of its continuation.
-            progress: wraps the series of batches, as tqdm does; each item is a list of indices.
+            progress: wraps the series of batches, as tqdm does.
 
         Raises:
             UserError: a continuation is longer than ``max_length``.
         """
         pairs = [self._checked(pair) for pair in pairs]
         scores: list[Any] = [None] * len(pairs)
-        for batch in (progress or list)(list(self._batches(pairs))):
+        for shared, batch in (progress or list)(list(self._batches(pairs))):
             chosen = [pairs[index] for index in batch]
-            shared = len({tuple(context) for context, _ in chosen}) < len(chosen)
             found = self._shared(chosen) if shared else self._alone(chosen)
             for index, score in zip(batch, found, strict=True):
                 scores[index] = score
@@ -80,28 +78,33 @@ class Scorer:
             )
         return shortened(pair, self.max_length)
 
-    def _batches(self, pairs: list[Pair]) -> Iterator[list[int]]:
-        """Indices, longest first, so that memory runs short at once or not at all; those of one
-        context together.
+    def _batches(self, pairs: list[Pair]) -> Iterator[tuple[bool, list[int]]]:
+        """(whether contexts are shared, indices), longest first, so that memory runs short at once
+        or not at all. Those of one context stay together as far as a batch goes; one token, such as
+        the separator before whole documents, is not worth sharing.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (context, _) in enumerate(pairs):
             groups.setdefault(tuple(context), []).append(index)
 
-        def longest(group: list[int]) -> int:
-            return -max(len(pairs[i][0]) + len(pairs[i][1]) for i in group)
+        def length(index: int) -> int:
+            return len(pairs[index][0]) + len(pairs[index][1])
 
-        for several in (True, False):
+        parts: list[list[int]] = []
+        for context, group in groups.items():
+            group.sort(key=length, reverse=True)
+            size = self.batch_size if len(context) > 1 else 1
+            parts += [group[i : i + size] for i in range(0, len(group), size)]
+        parts.sort(key=lambda part: length(part[0]), reverse=True)
+        for shared in (True, False):
             batch: list[int] = []
-            for group in sorted(
-                (g for g in groups.values() if (len(g) > 1) == several), key=longest
-            ):
-                if batch and len(batch) + len(group) > self.batch_size:
-                    yield batch
+            for part in (p for p in parts if (len(p) > 1) == shared):
+                if batch and len(batch) + len(part) > self.batch_size:
+                    yield shared, batch
                     batch = []
-                batch += group
+                batch += part
             if batch:
-                yield batch
+                yield shared, batch
 
     def _alone(self, pairs: list[Pair]) -> list[Score]:
         """Whole rows, padded on the right, where a causal model does not look."""
@@ -116,8 +119,7 @@ class Scorer:
         """Ids of each row -> [B, longest, dim], normed for the head."""
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.engine.device)
         args, width = self.engine.args, tokens.shape[1]
-        cache = Cache.empty(args, len(rows), width, self.engine.device, self.engine.dtype)
-        step = FirstStep(cache, width, [len(r) for r in rows], args.attn_backend, args.window)
+        step = WholeStep(tokens.device, width, args.attn_backend, args.window)
         positions = torch.arange(width, device=tokens.device).unsqueeze(0)
         return self.engine.body(tokens, {"window": step, "full": step}, positions)
 

@@ -62,7 +62,7 @@ def from_config(config: dict[str, Any]) -> ModelArgs:
     if not isinstance(config, dict):
         raise UserError(f"config.json holds a {type(config).__name__}, not the fields of a model")
     kind = config.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise UserError(
             f"config.json: model_type = {kind!r} is not known here; there are {', '.join(CLASSES)}"
         )
@@ -276,7 +276,8 @@ def _pattern(fields: Fields, layers: int) -> str:
     if types is None:  # the family's default
         return "SL"
     letters = {"sliding_attention": "S", "full_attention": "L"}
-    if not isinstance(types, list) or len(types) != layers or set(types) - letters.keys():
+    fits = isinstance(types, list) and len(types) == layers > 0
+    if not fits or any(kind not in tuple(letters) for kind in types):
         raise fields.refused("layer_types", f"{layers} of {', '.join(letters)}")
     whole = "".join(letters[kind] for kind in types)
     lengths = range(1, layers + 1)

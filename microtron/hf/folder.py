@@ -90,7 +90,7 @@ class Folder:
             weights = self.file(WEIGHTS)
             return {key: weights for key in self._header(weights)}
         told = self._json(INDEX, AGAIN).get("weight_map")
-        if not isinstance(told, dict) or not all(isinstance(v, str) for v in told.values()):
+        if not isinstance(told, dict) or not all(map(_is_name, told.values())):
             raise UserError(f"{self.path / INDEX} has no weight_map of names: {AGAIN}")
         shards = {name: self.file(name) for name in sorted(set(told.values()))}
         held: dict[str, str] = {}
@@ -176,6 +176,10 @@ class Folder:
                 return shard.get_slice(key)[where] if where else shard.get_tensor(key)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: {key} cannot be read ({error}): {AGAIN}") from None
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
 
 
 def as_ours(folder: Folder, args: ModelArgs) -> tuple[dcp.Specs, Callable[[str], torch.Tensor]]:

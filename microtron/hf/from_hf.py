@@ -52,7 +52,7 @@ def from_hf(
         UserError: the folder is damaged or of another architecture, or ``out`` exists.
     """
     started = time.perf_counter()
-    source, out = Folder(folder), Path(out)
+    source, out = Folder(Path(folder).expanduser()), Path(out).expanduser()
     args = source.args
     specs, produce = as_ours(source, args)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)

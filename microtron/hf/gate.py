@@ -15,8 +15,9 @@ import torch
 
 from microtron import dcp
 from microtron.data.optional import import_package
-from microtron.data.tokenizers import CharTokenizer, Tokenizer
+from microtron.data.tokenizers import EOT, CharTokenizer, Tokenizer
 from microtron.errors import UserError
+from microtron.hf.tokenizer_files import splits_special
 from microtron.model.accounting import count_parameters
 from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
@@ -151,12 +152,14 @@ def _ids(folder: Path, args: ModelArgs, tokenizer: Tokenizer | None) -> list[int
         generator = torch.Generator().manual_seed(0)
         return torch.randint(args.vocab_size, (length,), generator=generator).tolist()
     text = TEXT
+    if not splits_special(tokenizer):  # chat: there the mark is a token, here it is text
+        text = TEXT.replace(EOT, "eot")
     if isinstance(tokenizer, CharTokenizer):
         text = "".join(c for c in TEXT if c in tokenizer.alphabet) or tokenizer.alphabet
     mine = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
     auto = import_package("transformers").AutoTokenizer
     with _quiet():
-        reader = auto.from_pretrained(folder, local_files_only=True)
+        reader = _loaded(auto, folder)
         theirs = reader(text)["input_ids"]
         alike = reader.decode(theirs) == tokenizer.decode(mine)
     if theirs != mine:
@@ -195,19 +198,23 @@ def _their_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     """[positions, V], fp32. Raises: UserError where a weight is missing or not asked for."""
     auto = import_package("transformers").AutoModelForCausalLM
     with _quiet(), torch.no_grad():
-        try:
-            model, info = auto.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            told = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"gate: transformers cannot load the export ({type(error).__name__}: {told})"
-            ) from error
+        model, info = _loaded(auto, folder, dtype=torch.float32, output_loading_info=True)
         wrong = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         if wrong:
             raise UserError(f"gate: transformers lacks, or does not know, {dcp.listed(wrong)}")
         return model.eval()(torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def _loaded(auto: Any, folder: Path, **options: object) -> Any:  # noqa: ANN401
+    """What transformers makes of the folder, running no code that a tokenizer's config names."""
+    only = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return auto.from_pretrained(folder, **only, **options)
+    except Exception as error:  # transformers and tokenizers raise all kinds
+        told = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"gate: transformers cannot load the export ({type(error).__name__}: {told})"
+        ) from error
 
 
 class _quiet:

@@ -287,8 +287,8 @@ def placing(out: Path, overwrite: bool) -> Iterator[Path]:
     empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or not (empty or (out / "config.json").is_file()):
         raise UserError(f"{out} is no export, and is left as it is: name another folder")
-    fresh, old = (out.with_name(f"{out.name}.{end}") for end in ("new", "old"))
-    for left in (fresh, old):  # by a kill
+    fresh, old = (out.with_name(f"{out.name}.microtron-{end}") for end in ("new", "old"))
+    for left in (fresh, old):  # by a kill; nobody else names a folder so
         shutil.rmtree(left, ignore_errors=True)
     with dcp.beside(fresh) as folder:
         yield folder

@@ -54,25 +54,33 @@ def write_tokenizer(
     write_file(folder, "tokenizer_config.json", to_text(config))
 
 
+def splits_special(tokenizer: Tokenizer) -> bool:
+    """Whether the name of a special token inside a text is text to `AutoTokenizer`, too."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return True
+    said = tokenizer.config.get("split_special_tokens")
+    return not tokenizer.chats if said is None else bool(said)
+
+
 def _config(tokenizer: Tokenizer, given: dict[str, Any], max_length: int | None) -> dict[str, Any]:
     """tokenizer_config.json: what the file says, and ours where it says nothing."""
     eot = EOT
     if isinstance(tokenizer, JsonTokenizer):
         eot = tokenizer.eot
-    chats = isinstance(tokenizer, JsonTokenizer) and tokenizer.chats
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
         "pad_token": eot,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": not chats,
+        "split_special_tokens": splits_special(tokenizer),
     }
     if tokenizer.prefix_ids == [tokenizer.eot_id]:
         config["bos_token"] = eot
     if max_length is not None:
         config["model_max_length"] = max_length
-    config |= {key: value for key, value in given.items() if value is not None}
+    # auto_map names code that does not travel: transformers would ask to download and run it
+    config |= {k: v for k, v in given.items() if v is not None and k != "auto_map"}
     config["tokenizer_class"] = _FAST.get(config["tokenizer_class"], config["tokenizer_class"])
     return config
 

@@ -3,7 +3,8 @@
 Queries, keys and values come out of one product (the three weights become views of one tensor, so
 nothing is stored twice). How the new tokens meet the cache depends on the step:
 
-* ``FirstStep``: the cache is empty: the model's own fast cores, then what will be needed is kept.
+* ``FirstStep``: the cache is empty: the model's own fast cores, then what will be needed is kept
+  (``WholeStep``: nothing is).
 * ``ChunkStep``: several tokens a row after others: one masked attention over cache and tokens.
 * ``TokenStep``: one token a row: two small batched products over the cache, the query heads of a kv
   head together, so that no key is repeated. The sink's score stands on the cache's zero slot, where
@@ -41,7 +42,7 @@ class CachedAttention(nn.Module):
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        step: "FirstStep | ChunkStep | TokenStep",
+        step: "WholeStep | ChunkStep | TokenStep",
     ) -> torch.Tensor:
         """x [B, n, dim], rope: cos and sin [B or 1, n, 1, D] or None."""
         batch, width, _ = x.shape
@@ -119,13 +120,33 @@ class TokenStep:
         return self.hidden[first, used]
 
 
-class FirstStep:
-    """The first tokens of each row, into an empty cache.
+class WholeStep:
+    """All tokens of each row, of which nothing is kept.
 
     Args:
         width: n, the longest row's tokens.
-        counts: tokens of each row.
         backend: `attn_backend` of the model.
+    """
+
+    def __init__(self, device: torch.device, width: int, backend: str, window: int) -> None:
+        backend = resolve_backend(backend, device.type)
+        backend = "sdpa" if backend == "flex" else backend  # compiled anew for many a length
+        self.core = BACKENDS[backend]
+        self.masks = build_masks(backend, width, window, device)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: CachedAttention
+    ) -> torch.Tensor:
+        """The model's own attention over the tokens alone."""
+        mask = self.masks["full" if own.window is None else "window"]
+        return self.core(q, k, v, own.sinks, mask, own.scale)
+
+
+class FirstStep(WholeStep):
+    """The first tokens of each row, into an empty cache.
+
+    Args:
+        counts: tokens of each row.
     """
 
     def __init__(
@@ -133,10 +154,7 @@ class FirstStep:
     ) -> None:
         self.layers = cache.layers
         device = cache.layers[0].kv.device
-        backend = resolve_backend(backend, device.type)
-        backend = "sdpa" if backend == "flex" else backend  # compiled anew for many a length
-        self.core = BACKENDS[backend]
-        self.masks = build_masks(backend, width, window, device)
+        super().__init__(device, width, backend, window)
         self.starts, self.counts = (
             torch.zeros(len(counts), dtype=torch.long, device=device),
             torch.tensor(counts, device=device),
@@ -145,16 +163,15 @@ class FirstStep:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, own: CachedAttention
     ) -> torch.Tensor:
-        """The model's own attention over the tokens alone; keys and values are kept."""
+        """Over the tokens alone; keys and values are kept."""
         layer = self.layers[own.layer]
-        mask = self.masks["full" if own.window is None else "window"]
         if own.window is None:
             width = k.shape[1]
             layer.kv[0, :, :, 1 : 1 + width] = k.transpose(1, 2)
             layer.kv[1, :, :, 1 : 1 + width] = v.transpose(1, 2)
         else:
             keep_newest(layer, k, v, self.starts, self.counts)
-        return self.core(q, k, v, own.sinks, mask, own.scale)
+        return super().attend(q, k, v, own)
 
 
 class ChunkStep:

@@ -10,6 +10,8 @@ continue texts, gets a transcript: ``User: ...``, ``Assistant: ...``. Ctrl-C sto
 so.
 """
 
+import contextlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,10 +76,11 @@ def template_of(loaded: Loaded) -> Transcript | Template:
     """The folder's chat template, or the plain transcript."""
     folder = loaded.path
     if loaded.kind == "hf":
-        config = folder / "tokenizer_config.json"
-        if (folder / "chat_template.jinja").is_file() or (
-            config.is_file() and '"chat_template"' in config.read_text()
-        ):
+        told = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+            told = json.loads(config).get("chat_template")
+        if told or (folder / "chat_template.jinja").is_file():
             return Template(folder)
     return Transcript(loaded)
 
@@ -204,6 +207,8 @@ def chat(
         UserError: an option or the checkpoint cannot work.
     """
     params = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, seed)
+    if max_context < 0:
+        raise UserError(f"max_context = {max_context} cannot work: give 0 (as trained) or more")
     place, kind = choose(device, dtype)
     loaded = load(checkpoint, device=place, dtype=kind, tokenizer=tokenizer)
     limit = max_context or loaded.max_tokens

@@ -33,6 +33,7 @@ def generate(
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     num_samples: int = 1,
+    batch_size: int = 32,
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
@@ -52,6 +53,7 @@ def generate(
         seed: Of the first sample; the next ones count up from it.
         stop: A text that ends the continuation; may be repeated.
         num_samples: Continuations of each prompt.
+        batch_size: Continuations computed together; no text depends on it.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto (bfloat16 on CUDA, else float32), float32 or bfloat16.
         compile: Compile the step for one token: pays for long texts.
@@ -61,8 +63,9 @@ def generate(
         UserError: an option or the checkpoint cannot work.
     """
     params = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, seed)
-    if num_samples < 1:
-        raise UserError(f"num_samples = {num_samples} cannot work: give 1 or more")
+    for name, value in (("num-samples", num_samples), ("batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name} {value} cannot work: give 1 or more")
     texts = [*prompt, *read_prompts(prompt_file)] or [""]
     loaded = load(checkpoint, **_device(device, dtype), tokenizer=tokenizer)
     engine = Engine(loaded.model, compile=compile)
@@ -71,7 +74,7 @@ def generate(
     )
     texts = [text for text in texts for _ in range(num_samples)]
     ways = [replace(params, seed=seed + i % num_samples) for i in range(len(texts))]
-    print_continued(engine, loaded, texts, ways, stop)
+    print_continued(engine, loaded, texts, ways, stop, batch_size)
 
 
 def _device(device: str, dtype: str) -> dict[str, object]:
@@ -84,7 +87,7 @@ def read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read --prompt-file {path} ({error}): name a UTF-8 text, a prompt a line"
@@ -103,26 +106,37 @@ def prompt_tokens(loaded: Loaded, text: str) -> list[int]:
 
 
 def print_continued(
-    engine: Engine, loaded: Loaded, texts: list[str], params: list[Sampling], stop: tuple[str, ...]
+    engine: Engine,
+    loaded: Loaded,
+    texts: list[str],
+    params: list[Sampling],
+    stop: tuple[str, ...],
+    batch_size: int,
 ) -> None:
-    """Prompts and continuations, the first as it comes, the others, run in the same batch, after
-    it; a line of dashes between them.
+    """Prompts and continuations, the first of a batch as it comes, the others after it; a line of
+    dashes between them.
     """
     rows = [prompt_tokens(loaded, text) for text in texts]
     began = time.perf_counter()
     came: list[float] = []
+    count = 0
 
     def on_text(row: int, piece: str) -> None:
         came.append(time.perf_counter())
         if row == 0:
             print(piece, end="", flush=True)
 
-    print(texts[0], end="", flush=True)
-    found, count = generate_text(engine, loaded.tokenizer, rows, params, stop, on_text)
+    for start in range(0, len(texts), batch_size):
+        part = slice(start, start + batch_size)
+        print("---\n" * bool(start) + texts[start], end="", flush=True)
+        found, made = generate_text(
+            engine, loaded.tokenizer, rows[part], params[part], stop, on_text
+        )
+        count += made
+        print(flush=True)
+        for prompt, text in zip(texts[part][1:], found[1:], strict=True):
+            print(f"---\n{prompt}{text}", flush=True)
     seconds = time.perf_counter() - began
-    print(flush=True)
-    for prompt, text in zip(texts[1:], found[1:], strict=True):
-        print(f"---\n{prompt}{text}", flush=True)
     first = (came[0] if came else began + seconds) - began
     print(
         f"{sum(map(len, rows)):,} prompt tokens, first text after {first:.2f} s; "

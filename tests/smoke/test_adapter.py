@@ -1,5 +1,7 @@
 """A run that starts from a Hugging Face folder is the run that starts from its conversion."""
 
+import os
+
 import pytest
 import torch
 from exports import family, write_folder
@@ -93,6 +95,10 @@ def test_the_last_step_is_exported_and_can_be_resumed(tmp_path, folders):
     again = run(argv, tmp_path, world_size=2, prepare=ungated)
     assert "nothing to do" in again.out
     assert (again.dump / "hf" / "config.json").stat().st_mtime_ns == before
+    os.utime(done.dump / "hf" / "config.json", ns=(0, 0))  # an older step's, the newest failed
+    again = run(argv, tmp_path, world_size=2, prepare=ungated)
+    assert "nothing to do" in again.out
+    assert (again.dump / "hf" / "config.json").stat().st_mtime_ns > before
     longer = run([*argv, "--training.steps=3"], tmp_path, prepare=ungated)
     assert "resumed from" in longer.out and list(longer.losses()) == [1, 2, 3]
     last = dcp.read(longer.step(3), ["norm.weight"])["norm.weight"]

@@ -11,6 +11,7 @@ from microtron.errors import UserError
 from microtron.evals import score
 from microtron.evals.bpb import bits_per_byte, read_text, windows
 from microtron.evals.score import Scorer
+from microtron.infer.kv_cache import Cache
 
 TEXT = "The füll moon rose; 'twas late, and nobody had locked the door of the barn. " * 2
 
@@ -67,6 +68,29 @@ def test_few_logits_at_once_change_nothing(model, monkeypatch):
     monkeypatch.setattr(score, "_LOGITS", 264 * 3)
     for mine, wanted in zip(Scorer(model, 100).score(pairs), expected, strict=True):
         assert mine.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+def test_no_batch_has_more_rows_than_asked_for(model, monkeypatch):
+    """Whole documents share the separator as their context, and tasks without contexts do too."""
+    pairs = [([256], [65 + i] * (1 + i)) for i in range(9)]
+    pairs += [([256, 65], [65 + i] * (1 + i)) for i in range(9)]
+    scorer, rows = Scorer(model, 100, batch_size=4), []
+    body = scorer.engine.body
+    monkeypatch.setattr(
+        scorer.engine, "body", lambda x, *rest: (rows.append(x.shape[0]), body(x, *rest))[1]
+    )
+    found = scorer.score(pairs)
+    assert max(rows) == 4
+    for (context, continuation), score_ in zip(pairs, found, strict=True):
+        truth, _ = slowly(model, context, continuation)
+        assert score_.logprob == pytest.approx(truth.sum().item(), abs=1e-4)
+
+
+def test_whole_rows_need_no_cache(model, monkeypatch):
+    monkeypatch.setattr(Cache, "empty", None)
+    (found,) = Scorer(model, 100).score([([256, 65], [66, 67])])
+    truth, _ = slowly(model, [256, 65], [66, 67])
+    assert found.logprob == pytest.approx(truth.sum().item(), abs=1e-4)
 
 
 def test_long_contexts_are_cut_and_long_continuations_refused(model):

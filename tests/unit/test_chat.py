@@ -1,5 +1,6 @@
 """`microtron chat`: what the model sees, what stays cached, and how a person is in charge."""
 
+import json
 import shutil
 
 import pytest
@@ -136,6 +137,9 @@ def test_a_folder_with_a_chat_template(loaded, tmp_path):
 
     folder = export(loaded.path, tmp_path / "hf", check=False)
     assert isinstance(template_of(load(folder)), Transcript)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+    assert isinstance(template_of(load(folder)), Transcript)
     (folder / "chat_template.jinja").write_text(CHATML)
     exported = load(folder)
     talked = conversation(exported, template=template_of(exported))
@@ -188,3 +192,8 @@ def test_the_command(loaded, capsys, monkeypatch):
     params = Sampling(32, 0, stop_tokens=(256,), vocab_size=257)  # half of the 64 it was trained on
     ids = answer_by_hand(loaded, [256, *BYTES.encode("User: hello\nAssistant:")], params)
     assert out == BYTES.decode(ids) + "\n"
+
+
+def test_a_context_below_nothing_is_refused(loaded):
+    with pytest.raises(UserError, match="max_context = -5"):
+        module.chat(loaded.path, device="cpu", max_context=-5)

@@ -48,6 +48,10 @@ def test_texts_are_those_of_the_harness(tmp_path):
             '{"ctx_a": "x", "ctx_b": "", "activity_label": "", "endings": ["a"], "label": "1"}',
             "label '1' names none of its 1 endings",
         ),
+        (
+            '{"ctx_a": "x", "ctx_b": "", "activity_label": "", "endings": [1], "label": "0"}',
+            "one of its endings is no text",
+        ),
     ],
 )
 def test_a_bad_line_is_named(line, told, tmp_path):

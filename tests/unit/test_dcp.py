@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from microtron import dcp
+from microtron import dcp, dcp_metadata
 from microtron.checkpoints import problem_with
 from microtron.errors import UserError
 from microtron.model.model import Transformer
@@ -181,9 +181,41 @@ def less_of(found):
     found.state_dict_metadata["norm.weight"].chunks.pop()
 
 
+def twice(found):
+    """Both halves of a tensor at its beginning: the count is right, and half of it unset."""
+    held = found.state_dict_metadata["norm.weight"]
+    held.chunks = [ChunkStorageMetadata(torch.Size([0]), torch.Size([20]))] * 2
+
+
+def outside(found):
+    held = found.state_dict_metadata["norm.weight"]
+    held.chunks = [ChunkStorageMetadata(torch.Size([-40]), held.size)]
+
+
+def no_dtype(found):
+    found.state_dict_metadata["norm.weight"].properties.dtype = "float32"
+
+
+def test_parts_that_overlap_are_found_among_many():
+    grid = [
+        ChunkStorageMetadata(torch.Size([row, column]), torch.Size([3, 5]))
+        for row in range(0, 12, 3)
+        for column in range(0, 20, 5)
+    ]
+    assert not dcp_metadata._overlap(grid)
+    for moved in ([3, 4], [5, 10], [9, 14]):
+        odd = ChunkStorageMetadata(torch.Size(moved), torch.Size([1, 2]))
+        assert dcp_metadata._overlap([odd, *grid]) and dcp_metadata._overlap([*grid, odd])
+    empty = ChunkStorageMetadata(torch.Size([5, 5]), torch.Size([0, 5]))
+    assert not dcp_metadata._overlap([*grid, empty])
+
+
 @pytest.mark.parametrize(
     "change, told",
     [
+        (twice, "two parts of norm.weight overlap"),
+        (outside, "a part of norm.weight lies outside of it"),
+        (no_dtype, "norm.weight has no dtype"),
         (lambda f: setattr(entry(f), "relative_path", "../other.distcp"), "out of the folder"),
         (lambda f: setattr(entry(f), "relative_path", "/etc/passwd"), "out of the folder"),
         (lambda f: setattr(entry(f), "relative_path", "link.distcp"), "out of the folder"),

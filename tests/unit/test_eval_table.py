@@ -1,5 +1,12 @@
 """The tables of `microtron eval`."""
 
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import nn
+
+from microtron.evals import asked
 from microtron.evals.harness import scores_of
 from microtron.evals.table import REFERENCE, text
 
@@ -70,3 +77,13 @@ def test_figures_of_other_conditions_stay_out_of_the_comparison():
     lambada = {"task": "lambada_openai", "metric": "acc", "value": 1, "shots": 0, "tokens": 5000}
     assert rows(text("mine", [lambada]))[-1] == ["mine", "-", "-", "100.0"]
     assert "5,000 tokens" in text("mine", [lambada])
+
+
+def test_facts_of_a_clone_that_was_never_installed(monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    loaded = SimpleNamespace(kind="hf", path=Path("x"), tokenizer=None, model=nn.Linear(1, 1))
+    assert "microtron" in asked.facts(loaded)["versions"]
+    monkeypatch.setattr(asked, "version", version)
+    assert asked.facts(loaded)["versions"].keys() == {"python", "torch"}

@@ -8,9 +8,10 @@ import torch
 from exporting import FAMILIES, args_of, weights_of, write_step
 from helpers import tiny_args
 
-from microtron.data.tokenizers import CharTokenizer
+from microtron.data.tokenizers import EOT, CharTokenizer, load_tokenizer
 from microtron.errors import UserError
 from microtron.hf import gate, to_hf
+from microtron.hf.tokenizer_files import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,41 @@ def test_the_gate_without_a_tokenizer_and_with_few_characters(tmp_path):
     assert "No tokenizer" in (out / "README.md").read_text()
     few = write_step(tmp_path / "step-2", args_of(vocab_size=8), CharTokenizer("a 四\n!"))
     to_hf.export(few, tmp_path / "few")
+
+
+def json_tokenizer(folder, **config):
+    """A tokenizer.json that knows eot, and a tokenizer_config.json."""
+    write_tokenizer(load_tokenizer("byte"), folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOT} | config))
+    return load_tokenizer(str(folder))
+
+
+def test_a_tokenizer_of_a_chat_model(tmp_path):
+    """As gpt-oss is published: eot in a text is a token in transformers, and text here."""
+    tokenizer = json_tokenizer(tmp_path / "in", chat_template="{{ messages[0].content }}")
+    step = write_step(tmp_path / "step-1", args_of("llama"), tokenizer)
+    out = to_hf.export(step, tmp_path / "out")
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["split_special_tokens"] is False and EOT in gate.TEXT
+
+
+def test_code_that_a_tokenizer_names_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    code = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    step = write_step(
+        tmp_path / "step-1", args_of("llama"), json_tokenizer(tmp_path / "in", **code)
+    )
+    out = to_hf.export(step, tmp_path / "out")
+    assert "auto_map" not in (out / "tokenizer_config.json").read_text()
+
+
+def test_a_tokenizer_that_transformers_cannot_load(tmp_path):
+    """T5's class wants another kind of vocabulary, and says so by whatever exception."""
+    tokenizer = json_tokenizer(tmp_path / "in", tokenizer_class="T5Tokenizer")
+    step = write_step(tmp_path / "step-1", args_of("llama"), tokenizer)
+    with pytest.raises(UserError, match="gate: transformers cannot load the export") as caught:
+        to_hf.export(step, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_text_reaches_beyond_the_window():

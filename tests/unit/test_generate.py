@@ -93,6 +93,8 @@ def test_command(step, capsys, tmp_path):
         expected.append(prompt + BYTES.decode(ids))
     assert out == "\n---\n".join(expected) + "\n"
     assert "44 prompt tokens" in err and "tokens/s" in err
+    assert main([*command, "--batch-size", "4"]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_without_a_prompt_a_document_begins(step, capsys):
@@ -108,7 +110,8 @@ def test_without_a_prompt_a_document_begins(step, capsys):
     "options, told",
     [
         (["--temperature", "-1"], "temperature = -1.0 cannot work"),
-        (["--num-samples", "0"], "num_samples = 0 cannot work"),
+        (["--num-samples", "0"], "--num-samples 0 cannot work"),
+        (["--batch-size", "0"], "--batch-size 0 cannot work"),
         (["--device", "tpu"], "device 'tpu' is not known"),
         (["--dtype", "int8"], "--dtype int8 is not known"),
         (["--prompt-file", "/nowhere.txt"], "cannot read --prompt-file /nowhere.txt"),

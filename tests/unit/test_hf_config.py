@@ -259,6 +259,7 @@ def rope(**fields):
     "base, change, told",
     [
         (GPT_OSS_20B, {"model_type": "mixtral"}, "model_type = 'mixtral'"),
+        (GPT_OSS_20B, {"model_type": ["gpt_oss"]}, "model_type = ['gpt_oss']"),
         (GPT_OSS_20B, {"hidden_size": "2880"}, "hidden_size = '2880' is no int"),
         (GPT_OSS_20B, {"num_hidden_layers": True}, "num_hidden_layers = True is no int"),
         (GPT_OSS_20B, {"num_attention_heads": 0}, "num_attention_heads"),
@@ -266,6 +267,8 @@ def rope(**fields):
         (GPT_OSS_20B, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (GPT_OSS_20B, {"layer_types": ["full_attention"] * 3}, "layer_types"),
         (GPT_OSS_20B, {"layer_types": ["chunked_attention"] * 24}, "layer_types"),
+        (GPT_OSS_20B, {"layer_types": [[]] * 24}, "layer_types"),
+        (GPT_OSS_20B, {"layer_types": [], "num_hidden_layers": 0}, "layer_types"),
         (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         (GPT_OSS_20B, {"rope_scaling": None}, "rope_scaling = None"),
         (GPT_OSS_20B, rope(rope_type="linear"), "rope_scaling.rope_type = 'linear'"),

@@ -193,6 +193,7 @@ def wrong_shape(tensors):
         (edit(lambda m: m.update(a="/etc/passwd")), "'/etc/passwd' leads out of the folder"),
         (edit(lambda m: m.update(a="more.safetensors")), "more.safetensors is missing"),
         (edit(lambda m: m.update(a=3)), "has no weight_map of names"),
+        (edit(lambda m: m.update(a="x\0")), "has no weight_map of names"),
         (edit(lambda m: m.update(a=FIRST)), f"a should be in {FIRST} by the index, and is not"),
         (edit(lambda m: m.pop("model.norm.weight")), "the index does not know it"),
         (edit(lambda m: m.update({"model.norm.weight": FIRST})), f"{FIRST} has it too"),

@@ -173,6 +173,10 @@ def test_another_models_identity(tmp_path):
     path = step / checkpoints.IDENTITY
     path.write_text(path.read_text().replace('"expert_dim": 24', '"expert_dim": 32'))
     refused(step, "its architecture says")
+    whole = json.loads(path.read_text())
+    for damaged in ({"tokenizer": {"name": "byte"}}, {"tokenizer": [1]}, {"model_args": []}):
+        path.write_text(json.dumps(whole | damaged))
+        refused(step, r"cannot read .*microtron.json \(\w+: .*restore the file")
 
 
 def test_out_is_replaced_only_when_asked_and_only_an_export(steps, tmp_path, monkeypatch):
@@ -191,9 +195,12 @@ def test_out_is_replaced_only_when_asked_and_only_an_export(steps, tmp_path, mon
     diary = tmp_path / "diary"
     diary.mkdir()
     (diary / "today").touch()
+    for end in ("old", "new"):  # a person's own copies of an export
+        (tmp_path / f"out.{end}").mkdir()
+    to_hf.export(step, out, check=False, overwrite=True)
     with pytest.raises(UserError, match="no export, and is left as it is"):
         to_hf.export(step, diary, check=False, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["diary", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["diary", "out", "out.new", "out.old"]
 
 
 def test_ctrl_c_leaves_nothing(steps, tmp_path, monkeypatch):
