@@ -80,7 +80,37 @@ def measure(
         told = f"{row['median']:8,.0f} tokens/s [{row['min']:,.0f} .. {row['max']:,.0f}]"
         print(f"batch {batch:2} {name:42} {told}")
     print(f"batch {batch:2}: {ratio:.2f}x {best}")
-    return {"batch": batch, "tokens_per_s": rows, "peer": best, "ratio": ratio}
+    where = spent(calls["microtron"], asked.tokens)
+    step_ms = 1000 * batch / rows["microtron"]["median"]
+    limits = {"step_ms": step_ms, "read_weights_ms": reading_ms(ours), "spent_ms": where}
+    return {"batch": batch, "tokens_per_s": rows, "peer": best, "ratio": ratio, **limits}
+
+
+def spent(call: Callable[[], object], steps: int) -> dict[str, float]:
+    """Milliseconds of a step by operator, under the profiler (which adds some to each)."""
+    with torch.profiler.profile() as profiler:
+        call()
+    cuda = torch.cuda.is_available()
+    rows = [
+        (e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000 / steps)
+        for e in profiler.key_averages()
+    ]
+    return dict(sorted(rows, key=lambda row: -row[1])[:10])
+
+
+def reading_ms(model: torch.nn.Module) -> float:
+    """What it takes to read every weight but the embedding once: no step of a full batch is
+    shorter.
+    """
+    weights = [w.detach() for n, w in model.named_parameters() if "tok_embeddings" not in n]
+
+    def read() -> None:
+        for weight in weights:
+            weight.sum()
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+
+    return 1000 * summary(interleave({"read": read}, 9, warmup=2)["read"])["median"]
 
 
 def main() -> None:

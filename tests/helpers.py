@@ -1,6 +1,7 @@
 """Small models with every term switched on, and how tests compare tensors."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
@@ -95,6 +96,21 @@ def rel(actual, expected):
     """Distance relative to the norm of what is expected."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+def assert_same_loss(model, theirs, seq_len):
+    """Logits, and the loss, of one of transformers' models; both are left with gradients."""
+    tokens = tokens_of(model.model_args, seq_len=seq_len)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, -3:] = -100
+    expected = theirs(tokens).logits
+    assert (model(tokens) - expected).abs().max() < 1e-4
+
+    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    ours = model(tokens, labels=labels)
+    ours.backward()
+    assert rel(ours.detach(), loss.detach()) < 1e-5
 
 
 def grads_of(module: nn.Module):

@@ -6,16 +6,14 @@ Weights are carried over here by hand, whatever `microtron/hf` makes of the name
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import (
     GPT2,
     LLAMA,
     assert_same_grads,
+    assert_same_loss,
     build_random,
     grads_of,
-    rel,
     tiny_args,
-    tokens_of,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -150,17 +148,7 @@ def compare(family, **overrides):
     """Logits, loss and every gradient; no more than rounding may differ."""
     model, theirs = twins(family, **overrides)
     args = model.model_args
-    tokens = tokens_of(args, seq_len=SEQ_LEN)
-    labels = tokens.roll(-1, dims=1)
-    labels[:, -3:] = -100
-    expected = theirs(tokens).logits
-    assert (model(tokens) - expected).abs().max() < 1e-4
-
-    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
-    loss.backward()
-    ours_loss = model(tokens, labels=labels)
-    ours_loss.backward()
-    assert rel(ours_loss.detach(), loss.detach()) < 1e-5
+    assert_same_loss(model, theirs, SEQ_LEN)
     ours = FAMILIES[family][2](grads_of(model), args.n_layers)
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
     if family == "gpt2":

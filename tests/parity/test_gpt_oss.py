@@ -7,8 +7,14 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import assert_same_grads, build_random, grads_of, rel, tiny_args, tokens_of
+from helpers import (
+    assert_same_grads,
+    assert_same_loss,
+    build_random,
+    grads_of,
+    tiny_args,
+    tokens_of,
+)
 from transformers import GptOssConfig, GptOssForCausalLM
 
 SEQ_LEN = 40
@@ -100,17 +106,7 @@ def twins(**overrides):
 def compare(**overrides):
     """Logits, loss and every gradient; no more than rounding may differ."""
     model, theirs = twins(**overrides)
-    tokens = tokens_of(model.model_args, seq_len=SEQ_LEN)
-    labels = tokens.roll(-1, dims=1)
-    labels[:, -3:] = -100
-    expected = theirs(tokens).logits
-    assert (model(tokens) - expected).abs().max() < 1e-4
-
-    loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
-    loss.backward()
-    ours_loss = model(tokens, labels=labels)
-    ours_loss.backward()
-    assert rel(ours_loss.detach(), loss.detach()) < 1e-5
+    assert_same_loss(model, theirs, SEQ_LEN)
     assert_same_grads(
         grads_of(model), {ours(name): p.grad for name, p in theirs.named_parameters()}, 1e-3
     )
