@@ -127,7 +127,8 @@ def pick_threads(ranks_here: int = 1) -> str:
     times slower than one (their spin-waits fight for the core); on real ones many are better.
     """
     if os.environ.get("OMP_NUM_THREADS"):
-        return f"{torch.get_num_threads()} CPU threads (OMP_NUM_THREADS)"
+        count = torch.get_num_threads()
+        return f"{count} CPU thread{'s' * (count > 1)} (OMP_NUM_THREADS)"
     available = max(1, len(os.sched_getaffinity(0)) // ranks_here)
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= available]
     seconds = {}

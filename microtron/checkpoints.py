@@ -115,7 +115,7 @@ def find_step(path: str | Path) -> Path:
     if (path / ".metadata").exists() or re.fullmatch(r"step-\d+", path.name):
         problem = problem_with(path)
         if problem:
-            raise UserError(f"checkpoint {path} is {problem}; name another step")
+            raise UserError(f"checkpoint {path} cannot be loaded: {problem}; name another step")
         return path
     folder = path if steps_in(path) else path / "checkpoint"
     step = choose_step(folder) if folder.is_dir() else -1

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from microtron import __version__
 from microtron.errors import UserError, unboxed
 
 # command -> (module:function, one line of help). The function's arguments are its options (tyro).
@@ -82,17 +83,32 @@ def bind(function: Callable[..., object], command: str, argv: list[str]) -> Call
         ) from None
 
 
+def _unknown(argv: list[str]) -> int:
+    """Says what there is, for a command that is not there or is only half of one."""
+    half = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if half and argv[1:] in ([], ["-h"], ["--help"]):
+        lines = [f"  {name}  {COMMANDS[name][1]}" for name in half]
+        print("\n".join([f"usage: microtron {argv[0]} COMMAND [OPTIONS]", "", *lines]))
+        return 0 if argv[1:] else 2
+    wanted = " ".join(argv[:2]) if half else argv[0]
+    there = ", ".join(half or COMMANDS)
+    print(f"error: no command {wanted!r}; there are: {there}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 done, 1 refused, 2 no such command)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"microtron {__version__}")
+        return 0
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     command, options = " ".join(argv[:words]), argv[words:]
     if command not in COMMANDS:
-        print(f"error: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return _unknown(argv)
     module, function = COMMANDS[command][0].split(":")
     try:
         code = bind(getattr(importlib.import_module(module), function), command, options)()
@@ -103,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
 

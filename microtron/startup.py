@@ -74,6 +74,7 @@ def describe(args: ModelArgs, job: Any, step_tokens: int) -> str:
     return (
         f"{shape}; {step_tokens:,} tokens a step (sequences of {job.training.seq_len}), "
         f"{job.training.steps:,} steps; {flops / 1e6:.1f} MFLOP a token"
+        f"{'; random tokens (data.mock), from which nothing is learned' * job.data.mock}"
     )
 
 

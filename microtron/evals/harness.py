@@ -11,6 +11,7 @@ huggingface.py). The harness is an optional package: its base class joins when i
 
 import difflib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,7 @@ def task_manager(tasks: list[str], include_path: Path | None = None) -> Any:  # 
         )
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path {include_path} is no folder: name one with YAML tasks")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the end of retries is told
     make = import_package("lm_eval.tasks").TaskManager
     given = None if include_path is None else str(include_path)
     manager = make(include_path=given, include_defaults=False) if given else make()

@@ -96,7 +96,7 @@ def evaluate(
     at = f" (step {found['step']})" if found["step"] is not None else ""
     if out is not None:
         write_file(out.absolute().parent, out.name, json.dumps(found, indent=1).encode() + b"\n")
-    print(table.text(checkpoint.resolve().name + at, scores, limit))
+    print(f"{table.text(checkpoint.resolve().name + at, scores, limit)}\n\n{table.NOTE}")
 
 
 def _check(settings: dict[str, Any], out: Path | None) -> None:

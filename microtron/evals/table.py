@@ -21,6 +21,8 @@ COLUMNS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "LAMBADA %": (".1f", (("lambada_openai", "acc"),)),
 }
 
+NOTE = "- was not measured; CORE, a mean over 22 tasks (arXiv:2406.11794), is not computed here."
+
 
 def text(name: str, scores: Sequence[dict[str, Any]], limit: int | None = None) -> str:
     """Both tables, as Markdown.

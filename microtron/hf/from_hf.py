@@ -70,11 +70,12 @@ def from_hf(
         dcp.write_step(partial, specs, lambda name: progress(produce(name).to(specs[name][1])))
         (partial / "train.toml").write_text(recipe(args, out, tokenizer, source.config))
     counted, seconds = accounting.count_parameters(args), time.perf_counter() - started
+    kinds = ", ".join(sorted({str(d).removeprefix("torch.") for _, d in specs.values()}))
     print(
-        f"wrote {out}: {counted.total / 1e6:,.1f}M parameters as "
-        f"{', '.join(sorted({str(d).removeprefix('torch.') for _, d in specs.values()}))}, "
-        f"{'no tokenizer' if tokenizer is None else 'its tokenizer'} and train.toml, in "
-        f"{seconds:.1f} s\nnext: ./run_train.sh {out / 'train.toml'}"
+        f"wrote {out}: {counted.total:,} parameters as {kinds}, train.toml"
+        f"{' and its tokenizer' if tokenizer else ''}, in {seconds:.1f} s\n"
+        f"next: ./run_train.sh {out / 'train.toml'}"
+        f"{'' if tokenizer else ' (random tokens, until its [data] dirs names a dataset)'}"
     )
 
 
@@ -132,7 +133,7 @@ def recipe(args: ModelArgs, out: Path, tokenizer: Tokenizer | None, config: dict
 def _tokenizer(source: Folder, out: Path) -> Tokenizer | None:
     """The folder's tokenizer, under the name that it will have; None where it has none."""
     if not (source.path / "tokenizer.json").exists():
-        print(f"note: {source.path} has no tokenizer.json", file=sys.stderr)
+        print(f"note: {source.path} has no tokenizer.json, so text is left out", file=sys.stderr)
         return None
     for name in TOKENIZER_FILES:
         if (source.path / name).exists():

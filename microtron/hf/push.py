@@ -51,6 +51,7 @@ def push(
     folder = Path(ckpt).expanduser()
     names = files_of(folder)
     hub = import_package("huggingface_hub")
+    _check_name(repo)
     if not sys.stderr.isatty():
         import_package("huggingface_hub.utils").disable_progress_bars()
     with _one_line(repo):
@@ -66,6 +67,18 @@ def push(
         commit = api.create_commit(name, files, commit_message=message, revision=revision)
     print(f"pushed {folder} to {name}: {len(names)} files, {commit.commit_url}")
     return commit.commit_url
+
+
+def _check_name(repo: str) -> None:
+    """Raises: UserError for what cannot name a repository."""
+    validators = import_package("huggingface_hub.utils")
+    try:
+        validators.validate_repo_id(repo)
+    except validators.HFValidationError:
+        raise UserError(
+            f"{repo!r} cannot name a repository of the hub: give USER/NAME, of letters, digits, "
+            "'-', '_' and '.'"
+        ) from None
 
 
 def files_of(folder: Path) -> list[str]:

@@ -187,7 +187,7 @@ def chat(
     compile: bool = False,
     tokenizer: str | None = None,
 ) -> None:
-    """Talks with a model. /reset forgets, /exit leaves, Ctrl-C stops an answer.
+    """Talks with a model. /reset forgets, /exit leaves; Ctrl-C stops an answer, or leaves.
 
     Args:
         checkpoint: A step (any layout), a run's folder (its newest step), or a Hugging Face folder.
@@ -252,6 +252,6 @@ def _answer(conversation: Conversation, said: str) -> None:
         return
     if conversation.dropped:
         print(
-            f"(the context is full: the oldest {conversation.dropped} turns were dropped)",
+            f"(the context is full: {conversation.dropped} of the oldest turns left out)",
             file=sys.stderr,
         )

@@ -90,7 +90,8 @@ def read_prompts(path: Path | None) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read --prompt-file {path} ({error}): name a UTF-8 text, a prompt a line"
+            f"cannot read --prompt-file {path} ({getattr(error, 'strerror', None) or error}): name "
+            "a UTF-8 text, a prompt a line"
         ) from None
     return [line for line in lines if line]
 
@@ -117,6 +118,14 @@ def print_continued(
     dashes between them.
     """
     rows = [prompt_tokens(loaded, text) for text in texts]
+    longest = max(len(row) + p.max_new_tokens for row, p in zip(rows, params, strict=True))
+    engine.check_length(longest - 1)  # before anything is printed
+    if loaded.max_tokens is not None and longest > loaded.max_tokens:
+        print(
+            f"note: up to {longest:,} tokens, and this model was trained on {loaded.max_tokens:,} "
+            "at once; what follows may make no sense",
+            file=sys.stderr,
+        )
     began = time.perf_counter()
     came: list[float] = []
     count = 0

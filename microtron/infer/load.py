@@ -75,6 +75,11 @@ def load(
             tokenizer that does not fit, no such device.
     """
     place, path = check_device(device), Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist: name a checkpoint/step-N folder, the run it is in, or a "
+            "Hugging Face folder on this disk (names of the hub are not downloaded)"
+        )
     read = _load_hf if is_hf(path) else _load_step
     loaded = read(path, place, dtype, tokenizer)
     own = loaded.tokenizer

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from runs import assert_one_line
 
+import microtron
 from microtron import cli
 
 ROOT = Path(__file__).parents[2]
@@ -14,6 +15,8 @@ ROOT = Path(__file__).parents[2]
     "arguments, code, told",
     [
         ("prepar", 2, ["'prepar'", "there are: prepare"]),
+        ("convert to_hf", 2, ["'convert to_hf'", "there are: convert to-hf, convert from-hf"]),
+        ("convert --sideways", 2, ["'convert --sideways'", "there are: convert to-hf"]),
         (
             "prepare --source xml:a --tokenizer byte --out {out}",
             1,
@@ -54,3 +57,15 @@ def test_commands(tmp_path, capsys, arguments, code, told):
     assert cli.main(arguments.format(out=out).split()) == code
     assert_one_line(capsys.readouterr().err, *told)
     assert not out.exists()
+
+
+def test_half_a_command_shows_both(capsys):
+    for argv, code in ((["convert"], 2), (["convert", "--help"], 0)):
+        assert cli.main(argv) == code
+        out, err = capsys.readouterr()
+        assert "convert to-hf  a checkpoint" in out and "convert from-hf" in out and not err
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"microtron {microtron.__version__}\n"

@@ -6,7 +6,7 @@ MAY_IMPORT = {
     "__init__": (),
     "errors": (),
     "accelerator": (),
-    "cli": ("errors",),  # commands are imported when called
+    "cli": ("__version__", "errors"),  # commands are imported when called
     "model": ("errors", "model"),
     "flavors": ("errors", "model.args"),
     "config": ("flavors", "model.args"),

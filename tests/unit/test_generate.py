@@ -8,6 +8,7 @@ from test_infer_load import BYTES, write_step
 from microtron.cli import main
 from microtron.infer import uncached
 from microtron.infer.engine import Engine
+from microtron.infer.load import load
 from microtron.infer.sampling import Sampling
 from microtron.infer.text import TextStream, generate_text
 
@@ -95,6 +96,19 @@ def test_command(step, capsys, tmp_path):
     assert "44 prompt tokens" in err and "tokens/s" in err
     assert main([*command, "--batch-size", "4"]) == 0
     assert capsys.readouterr().out == out
+
+
+def test_more_than_the_model_was_trained_on_is_told(step, capsys, monkeypatch):
+    command = ["generate", "--checkpoint", str(step[0]), "--device", "cpu", "--prompt", "abc"]
+    assert main([*command, "-n", "20"]) == 0
+    assert "note" not in capsys.readouterr().err
+    known = load(step[0])
+    known.max_tokens = 8
+    monkeypatch.setattr("microtron.infer.generate.load", lambda *a, **b: known)
+    assert main([*command, "-n", "4"]) == 0
+    assert "note" not in capsys.readouterr().err
+    assert main([*command, "-n", "5"]) == 0
+    assert "note: up to 9 tokens, and this model was trained on 8" in capsys.readouterr().err
 
 
 def test_without_a_prompt_a_document_begins(step, capsys):
