@@ -138,11 +138,13 @@ def print_continued(
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
         print("---\n" * bool(start) + texts[start], end="", flush=True)
-        found, made = generate_text(
-            engine, loaded.tokenizer, rows[part], params[part], stop, on_text
-        )
+        try:
+            found, made = generate_text(
+                engine, loaded.tokenizer, rows[part], params[part], stop, on_text
+            )
+        finally:  # what is said next, of an interruption too, stands on a line of its own
+            print(flush=True)
         count += made
-        print(flush=True)
         for prompt, text in zip(texts[part][1:], found[1:], strict=True):
             print(f"---\n{prompt}{text}", flush=True)
     seconds = time.perf_counter() - began

@@ -73,7 +73,14 @@ def caught(request, truths):
     return rows
 
 
-@pytest.mark.parametrize("layout", CASES)
+def by_time():
+    """Every layout; the large ones of dense models, which MoE has done too, are slow tests."""
+    for name, case in CASES.items():
+        slow = name.endswith(", dense") and case.ranks >= 4
+        yield pytest.param(name, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("layout", list(by_time()))
 def test_layout_agrees(rows, truths, layout):
     row = rows[layout]
     assert row["verdict"] == "agrees", row["traceback"] or row["verdict"]
