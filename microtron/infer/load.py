@@ -19,6 +19,7 @@ import torch
 from microtron import checkpoints, dcp
 from microtron.data.tokenizers import Tokenizer, load_tokenizer
 from microtron.errors import UserError
+from microtron.hf.folder import check_finite
 from microtron.model.args import ModelArgs
 from microtron.model.model import Transformer
 
@@ -101,6 +102,8 @@ def _load_step(
     args = checkpoints.architecture(step)
     model = _empty(args, device, dtype)
     dcp.read_into(step, model)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), f"{step}: {name}")
     if tokenizer is None:
         own = checkpoints.load_step_tokenizer(step)
     else:

@@ -102,6 +102,20 @@ def test_no_tokenizer(tmp_path):
     assert load(tmp_path / "step-1", tokenizer="byte").need_tokenizer().name == "byte"
 
 
+def test_weights_that_compute_nothing(tmp_path):
+    model = build_random(tiny_args(vocab_size=264, load_balance="aux_loss"))
+    with torch.no_grad():
+        model.layers["1"].attention.wo.weight[3, 5] = float("nan")
+    held = model.state_dict()
+    step = tmp_path / "step-1"
+    dcp.write(step, {n: (t.shape, t.dtype) for n, t in held.items()}, held.__getitem__)
+    checkpoints.write_identity(step, model.model_args, BYTES, {"step": 1, "seq_len": 64})
+    with pytest.raises(
+        UserError, match="layers.1.attention.wo.weight holds 1 .*not finite"
+    ):
+        load(step)
+
+
 def test_a_tokenizer_too_large(tmp_path):
     write_step(tmp_path / "step-1", vocab_size=100)
     with pytest.raises(UserError, match=r"byte has 257 tokens, and the model in .* knows 100"):
