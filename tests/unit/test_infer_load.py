@@ -110,9 +110,7 @@ def test_weights_that_compute_nothing(tmp_path):
     step = tmp_path / "step-1"
     dcp.write(step, {n: (t.shape, t.dtype) for n, t in held.items()}, held.__getitem__)
     checkpoints.write_identity(step, model.model_args, BYTES, {"step": 1, "seq_len": 64})
-    with pytest.raises(
-        UserError, match="layers.1.attention.wo.weight holds 1 .*not finite"
-    ):
+    with pytest.raises(UserError, match="layers.1.attention.wo.weight holds 1 .*not finite"):
         load(step)
 
 
