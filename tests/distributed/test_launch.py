@@ -202,6 +202,7 @@ class Launched:
             self.process.kill()
 
 
+@pytest.mark.slow  # test_faults and test_resume do the same without the launcher
 def test_killed_then_stopped_then_finished(installed, tmp_path, args, straight):
     """One line and a whole checkpoint after SIGKILL; SIGTERM saves; the end is the same bits."""
     killed = Launched(installed, args, tmp_path, NGPU="2")
