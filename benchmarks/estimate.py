@@ -26,6 +26,7 @@ from microtron.accelerator import DEVICE_TYPE  # noqa: E402
 import torch  # noqa: E402
 from common import facts, write_json  # noqa: E402
 
+from microtron.certificate import layouts  # noqa: E402
 from microtron.parse import parse  # noqa: E402
 from microtron.scaling.communication import traffic_of  # noqa: E402
 from microtron.scaling.measure import Watch, standing_bytes  # noqa: E402
@@ -62,24 +63,8 @@ ON_CUDA = (
     "--training.seq_len=2048",
 )
 DENSE = "--model.args.num_experts=0"
-GPT2 = (
-    DENSE,
-    "--model.args.norm=layer",
-    "--model.args.positions=learned",
-    "--model.args.max_positions=2048",
-    "--model.args.activation=gelu",
-    "--model.args.sinks=false",
-    "--model.args.window_pattern=L",
-    "--model.args.n_kv_heads=8",
-)
-LLAMA = (
-    DENSE,
-    "--model.args.activation=swiglu",
-    "--model.args.sinks=false",
-    "--model.args.window_pattern=L",
-    "--model.args.attention_bias=false",
-    "--model.args.mlp_bias=false",
-)
+GPT2 = (*layouts.GPT2, "--model.args.max_positions=2048")
+LLAMA = layouts.LLAMA
 FULL, SELECTIVE = (f"--activation_checkpoint.mode={m}" for m in ("full", "selective"))
 SCHEDULE = "--parallelism.pipeline_parallel_schedule="
 LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")

@@ -265,13 +265,12 @@ class Trainer(Stepper):
 
 def run(argv: list[str], rank: int, world_size: int) -> int:
     """Parses, prepares, trains; returns the exit code."""
-    from microtron.accelerator import pick_threads
-
     from microtron.metrics import setup_logging
     from microtron.parallel.layout import check_layout
     from microtron.parse import parse
     from microtron.spec import register
     from microtron.startup import describe, on_signals, open_folder, prepare_data, write_config
+    from microtron.threads import pick_threads
 
     job = parse(argv)
     local_batch = job.training.local_batch_size

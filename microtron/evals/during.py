@@ -69,7 +69,7 @@ class HellaSwag:
                 f"eval.hellaswag = {options.hellaswag!r} cannot work: the data has no tokenizer to "
                 "read it with; prepare data with `microtron prepare`, or leave it out"
             )
-        self.freq, self.seq_len = options.hellaswag_freq, seq_len
+        self.seq_len = seq_len
         self.examples = read(Path(options.hellaswag), options.hellaswag_examples)
         try:
             found = [question(e, tokenizer.encode, [tokenizer.eot_id]) for e in self.examples]

@@ -20,7 +20,7 @@ from microtron.errors import UserError
 from microtron.hf.tokenizer_files import splits_special
 from microtron.model.accounting import count_parameters
 from microtron.model.args import ModelArgs
-from microtron.model.model import Transformer
+from microtron.model.model import empty_model
 
 TOLERANCE = 1e-3  # of the norm of a position's logits
 MOST_TOKENS = 1024
@@ -179,15 +179,8 @@ def _our_logits(
 ) -> torch.Tensor:
     """[positions, V], fp32."""
     slow = args.override({"attn_backend": "eager", "experts_backend": "loop"})
-    with torch.device("meta"):
-        model = Transformer(slow)
-    dcp.read_into(step, model, torch.float32)
-    for module in model.modules():  # counters and tables, which are not saved
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-    if model.rope is not None:
-        model.rope.init_weights(torch.device("cpu"))
+    model = empty_model(slow, torch.device("cpu"), torch.float32)
+    dcp.read_into(step, model)
     with torch.no_grad():
         for parameter in model.parameters() if dtype is not None else ():
             parameter.copy_(parameter.to(dtype))

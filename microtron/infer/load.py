@@ -21,7 +21,8 @@ from microtron.data.tokenizers import Tokenizer, load_tokenizer
 from microtron.errors import UserError
 from microtron.hf.folder import check_finite
 from microtron.model.args import ModelArgs
-from microtron.model.model import Transformer
+from microtron.model.model import Transformer, empty_model
+from microtron.threads import pick_threads
 
 
 @dataclass
@@ -100,7 +101,7 @@ def _load_step(
 ) -> Loaded:
     step = checkpoints.find_step(path)
     args = checkpoints.architecture(step)
-    model = _empty(args, device, dtype)
+    model = empty_model(args, device, dtype)
     dcp.read_into(step, model)
     for name, parameter in model.named_parameters():
         check_finite(parameter.detach(), f"{step}: {name}")
@@ -118,7 +119,7 @@ def _load_hf(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: st
 
     folder = Folder(path)
     args = from_config(folder.config)
-    model = _empty(args, device, dtype)
+    model = empty_model(args, device, dtype)
     read_into(folder, args, model)
     own = None
     if tokenizer is not None or (path / "tokenizer.json").is_file():
@@ -168,28 +169,9 @@ def choose(device: str, dtype: str) -> tuple[str, torch.dtype]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        from microtron.accelerator import pick_threads  # loads TorchTitan: seconds
-
         print(pick_threads(), file=sys.stderr)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype} is not known: give auto, float32 or bfloat16")
     return device, getattr(torch, dtype)
-
-
-def _empty(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model whose parameters hold nothing yet, and whose buffers are as at the start."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    for parameter in model.parameters():  # not model.to: routing stays in fp32
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    if args.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    if model.rope is not None:
-        model.rope.init_weights(device)
-    for layer in model.layers.values():
-        if layer.moe_enabled:
-            layer.moe.init_buffers(device)
-    return model

@@ -50,11 +50,15 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight  # `to_empty` has made two of them
         with torch.no_grad():
             init_parameters(self, self.model_args, self.init_seed, self.place_parameter)
-            if self.rope is not None:
-                self.rope.init_weights(buffer_device)
-            for layer in self.layers.values():
-                if layer.moe_enabled:
-                    layer.moe.init_buffers(buffer_device)
+        self.init_buffers(buffer_device)
+
+    def init_buffers(self, device: torch.device | None = None) -> None:
+        """Frequencies of RoPE, and what steers and counts the experts, as at step 0."""
+        if self.rope is not None:
+            self.rope.init_weights(device)
+        for layer in self.layers.values():
+            if layer.moe_enabled:
+                layer.moe.init_buffers(device)
 
     def _masks_of(
         self, seq_len: int, device: torch.device, documents: torch.Tensor | None
@@ -107,3 +111,19 @@ class Transformer(nn.Module):
                 layer.moe.tokens_per_expert += counts
         h = h if self.norm is None else self.norm(h)
         return h if self.output is None else self.output(h, labels)
+
+
+def empty_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model whose parameters hold nothing yet, to be read into; its buffers are as at step 0.
+
+    Parameters get ``dtype``; buffers keep theirs, so that routing stays in fp32.
+    """
+    with torch.device("meta"):
+        model = Transformer(args)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    model.init_buffers(device)
+    return model

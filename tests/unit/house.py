@@ -5,6 +5,7 @@
 MAY_IMPORT = {
     "__init__": (),
     "errors": (),
+    "threads": (),
     "accelerator": (),
     "cli": ("__version__", "errors"),  # commands are imported when called
     "model": ("errors", "model"),
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "dcp_metadata": ("errors",),
     "checkpoints": ("data", "dcp", "errors", "model.args"),
     "hf": ("checkpoints", "data", "dcp", "errors", "flavors", "hf", "model"),
-    "infer": ("accelerator", "checkpoints", "data", "dcp", "errors", "hf", "infer", "model"),
+    "infer": ("checkpoints", "data", "dcp", "errors", "hf", "infer", "model", "threads"),
     "evals": ("accelerator", "checkpoints", "data", "errors", "evals", "infer", "model"),
     "diagnose": ("errors", "model"),
     "metrics": ("accelerator",),
@@ -64,6 +65,7 @@ MAY_IMPORT = {
         "spec",
         "startup",
         "step",
+        "threads",
         "watchdog",
     ),
     "certificate": (
@@ -119,7 +121,7 @@ TITAN = {
     "train",
     "scaling",
 }
-ENVIRONMENT = {"accelerator", "certificate.processes", "launch", "train"}
+ENVIRONMENT = {"certificate.processes", "launch", "threads", "train"}
 OPTIONAL = {
     "datasets",
     "huggingface_hub",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from microtron import accelerator
+from microtron import threads as thread_count
 
 
 def test_torchtitan_got_the_device_that_is_there():
@@ -36,8 +37,8 @@ def threads():
 
 def pretend(monkeypatch, seconds, cores):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(accelerator.os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(accelerator, "_probe", lambda: seconds[torch.get_num_threads()])
+    monkeypatch.setattr(thread_count.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(thread_count, "_probe", lambda: seconds[torch.get_num_threads()])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def pretend(monkeypatch, seconds, cores):
 )
 def test_the_probe_picks(monkeypatch, threads, seconds, cores, ranks, chosen):
     pretend(monkeypatch, seconds, cores)
-    told = accelerator.pick_threads(ranks)
+    told = thread_count.pick_threads(ranks)
     assert torch.get_num_threads() == chosen
     assert told.startswith(f"{chosen} CPU thread") and "probe" in told
 
@@ -60,7 +61,7 @@ def test_the_probe_picks(monkeypatch, threads, seconds, cores, ranks, chosen):
 def test_omp_num_threads_wins(monkeypatch, threads):
     pretend(monkeypatch, {}, 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "OMP_NUM_THREADS" in accelerator.pick_threads()
+    assert "OMP_NUM_THREADS" in thread_count.pick_threads()
 
 
 def test_measured_peak_is_plausible():

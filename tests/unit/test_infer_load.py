@@ -135,7 +135,7 @@ def test_no_such_device(run, device):
 
 def test_what_auto_means(monkeypatch):
     assert choose("cuda", "auto") == ("cuda", torch.bfloat16)
-    monkeypatch.setattr("microtron.accelerator.pick_threads", lambda: "one thread")
+    monkeypatch.setattr("microtron.infer.load.pick_threads", lambda: "one thread")
     assert choose("cpu", "auto") == ("cpu", torch.float32)
     assert choose("cpu", "bfloat16") == ("cpu", torch.bfloat16)
     with pytest.raises(UserError, match="--dtype int8 is not known"):

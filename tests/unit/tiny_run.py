@@ -1,5 +1,7 @@
 """The small run that the estimate's tests count by formula and for real."""
 
+from microtron.certificate import layouts
+
 TINY = (
     "--data.mock",
     "--model.args.dim=64",
@@ -17,21 +19,5 @@ TINY = (
     "--activation_checkpoint.selective_ac_option=op",
 )
 DENSE = "--model.args.num_experts=0"
-GPT2 = (
-    DENSE,
-    "--model.args.norm=layer",
-    "--model.args.positions=learned",
-    "--model.args.max_positions=130",
-    "--model.args.activation=gelu",
-    "--model.args.sinks=false",
-    "--model.args.window_pattern=L",
-    "--model.args.n_kv_heads=8",
-)
-LLAMA = (
-    DENSE,
-    "--model.args.activation=swiglu",
-    "--model.args.sinks=false",
-    "--model.args.window_pattern=L",
-    "--model.args.attention_bias=false",
-    "--model.args.mlp_bias=false",
-)
+GPT2 = (*layouts.GPT2, "--model.args.max_positions=130")
+LLAMA = layouts.LLAMA
