@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "checkpoints": ("data", "dcp", "errors", "model.args"),
     "hf": ("checkpoints", "data", "dcp", "errors", "flavors", "hf", "model"),
     "infer": ("checkpoints", "data", "dcp", "errors", "hf", "infer", "model", "threads"),
-    "evals": ("accelerator", "checkpoints", "data", "errors", "evals", "infer", "model"),
+    "evals": ("checkpoints", "data", "errors", "evals", "infer", "model"),
     "diagnose": ("errors", "model"),
     "metrics": ("accelerator",),
     "startup": ("errors", "model"),

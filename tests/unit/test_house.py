@@ -282,8 +282,9 @@ def test_every_file_says_what_it_is():
             ["torch", "numpy"],
         ),
         ("import microtron.model.model", ["torchtitan"]),
+        ("import microtron.infer.generate", ["torchtitan", "transformers"]),
     ],
-    ids=["import", "--help", "model"],
+    ids=["import", "--help", "model", "generate"],
 )
 def test_light_imports(code, absent):
     found = f"sorted({set(absent)} & sys.modules.keys())"
