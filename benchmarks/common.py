@@ -1,13 +1,27 @@
 """What every benchmark shares: the facts of the machine, interleaved timing, and the JSON file."""
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+if TYPE_CHECKING:
+    from microtron.train import Trainer
+
+# A run that is measured: random tokens, and nothing beside its steps.
+BARE = ["--data.mock", "--data.source=", "--checkpoint.no-enable", "--validation.no-enable"]
+BARE += ["--sample.freq=0", "--eval.hellaswag=", "--metrics.no-enable-tensorboard"]
+BARE += ["--metrics.no-enable-wandb"]
 
 
 def facts() -> dict[str, object]:
@@ -59,6 +73,74 @@ def interleave(
 def summary(values: list[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def only_rank() -> None:
+    """This process is the one rank of a run (what torchrun would tell it)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+@contextlib.contextmanager
+def our_trainer(argv: list[str]) -> Iterator["Trainer"]:
+    """The Trainer of the run that ``argv`` describes, on one device and `BARE`; not yet stepped.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    import microtron.accelerator  # noqa: F401  (before torchtitan)
+
+    import torch.distributed as dist
+
+    from microtron.parallel.layout import check_layout
+    from microtron.parse import parse
+    from microtron.spec import register
+    from microtron.train import Trainer
+
+    only_rank()
+    with tempfile.TemporaryDirectory() as folder:
+        job = parse([*argv[:1], *BARE, *argv[1:], f"--job.dump_folder={folder}"])
+        check_layout(job, 1)
+        register()
+        try:
+            trainer = Trainer(job)
+            yield trainer
+            trainer.close()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def one_rank_wrapped() -> contextlib.AbstractContextManager:
+    """TorchTitan's meshes with an fsdp mesh of one rank that counts as there: models are wrapped by
+    FSDP2 though there is nothing to share.
+    """
+    from microtron.accelerator import DEVICE_TYPE
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed import ParallelDims
+
+    plain = ParallelDims.get_mesh
+
+    def get_mesh(self: ParallelDims, dims: str | list[str]) -> object:
+        if dims in ("fsdp", ["fsdp"]):
+            return init_device_mesh(DEVICE_TYPE, (1,), mesh_dim_names=("fsdp",))
+        return plain(self, dims)
+
+    return mock.patch.multiple(
+        ParallelDims, fsdp_enabled=property(lambda self: True), get_mesh=get_mesh
+    )
+
+
+def synchronise() -> None:
+    """Waits for the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def write_json(path: Path, results: dict[str, object]) -> None:

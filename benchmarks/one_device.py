@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,71 +32,33 @@ VARIANTS = {
 
 def run_variant(toml: str, options: list[str], steps: int, wrap: bool) -> dict[str, object]:
     """Median seconds of a step, tokens a second, MFU, peak memory."""
-    from microtron.accelerator import DEVICE_TYPE
-
     import torch
-    from common import summary
+    from common import one_rank_wrapped, our_trainer, summary, synchronise
 
-    from microtron.parallel.layout import check_layout
-    from microtron.parse import parse
-    from microtron.spec import register
-    from microtron.train import Trainer
-
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ[name] = value
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000))
-    off = ["--data.mock", "--data.source=", "--checkpoint.no-enable", "--validation.no-enable"]
-    with tempfile.TemporaryDirectory() as folder:
-        argv = [f"--job.config_file={toml}", *off, "--sample.freq=0", *options]
-        job = parse([*argv, f"--job.dump_folder={folder}"])
-        check_layout(job, 1)
-        register()
-        with _one_rank_wrapped() if wrap else contextlib.nullcontext():
-            trainer = Trainer(job)
-            batches = trainer.batch_generator(trainer.dataloader)
-            seconds = []
-            for step in range(1, steps + 3):  # the first two compile and warm up
-                trainer.step = step
-                began = time.perf_counter()
-                trainer.train_step(batches)
-                if DEVICE_TYPE == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - began)
-                if step == 2 and DEVICE_TYPE == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-        peak = torch.cuda.max_memory_allocated() if DEVICE_TYPE == "cuda" else None
+    argv = [f"--job.config_file={toml}", *options]
+    cuda = torch.cuda.is_available()
+    with one_rank_wrapped() if wrap else contextlib.nullcontext(), our_trainer(argv) as trainer:
+        batches = trainer.batch_generator(trainer.dataloader)
+        seconds = []
+        for step in range(1, steps + 3):  # the first two compile and warm up
+            trainer.step = step
+            began = time.perf_counter()
+            trainer.train_step(batches)
+            synchronise()
+            seconds.append(time.perf_counter() - began)
+            if step == 2 and cuda:
+                torch.cuda.reset_peak_memory_stats()
         ceiling = trainer.metrics_processor.gpu_peak_flops
         step_s = summary(seconds[2:])
         result = {
             "first_step_s": seconds[0],
             "step_s": step_s,
             "tokens_per_s": trainer.step_tokens / step_s["median"],
-            "peak_bytes": peak,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "loss": trainer.step_result[0].item(),
         }
         flops = trainer.metrics_processor.num_flops_per_token * result["tokens_per_s"]
-        result["flops_per_s"], result["mfu"] = flops, flops / ceiling
-        trainer.close()
-    return result
-
-
-def _one_rank_wrapped() -> contextlib.AbstractContextManager:
-    """TorchTitan's meshes with an fsdp mesh of one rank that counts as there."""
-    from microtron.accelerator import DEVICE_TYPE
-
-    from torch.distributed.device_mesh import init_device_mesh
-    from torchtitan.distributed import ParallelDims
-
-    plain = ParallelDims.get_mesh
-
-    def get_mesh(self: ParallelDims, dims: str | list[str]) -> object:
-        if dims == "fsdp":
-            return init_device_mesh(DEVICE_TYPE, (1,), mesh_dim_names=("fsdp",))
-        return plain(self, dims)
-
-    return mock.patch.multiple(
-        ParallelDims, fsdp_enabled=property(lambda self: True), get_mesh=get_mesh
-    )
+    return result | {"flops_per_s": flops, "mfu": flops / ceiling}
 
 
 def estimated(toml: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: E402
 from common import facts, interleave, summary, write_json  # noqa: E402
 from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
 
+from microtron.kernels import apply_kernels  # noqa: E402
 from microtron.model.args import ModelArgs  # noqa: E402
 from microtron.model.model import Transformer  # noqa: E402
 
@@ -33,6 +34,12 @@ SHAPES = {  # ModelArgs fields, batch, sequence
         | {"num_experts": 8, "top_k": 4, "expert_dim": 256, "vocab_size": 4096},
         4,
         512,
+    ),
+    "medium": (
+        {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2, "head_dim": 64}
+        | {"num_experts": 16, "top_k": 4, "expert_dim": 512, "vocab_size": 8192},
+        2,
+        1024,
     ),
 }
 # ours -> transformers
@@ -123,6 +130,7 @@ def main() -> None:
     fields, batch, seq_len = SHAPES[asked.shape]
     ours = Transformer(ModelArgs(**fields, window=128, aux_loss_coef=0.0))
     ours.init_weights()
+    apply_kernels(ours, {}, "cpu", asked.compile)
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(fields["vocab_size"], (batch, seq_len + 1), generator=generator)
     tokens, labels = data[:, :-1], data[:, 1:]

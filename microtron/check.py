@@ -18,6 +18,7 @@ from torchtitan.config import JobConfig
 
 from microtron.config import resolved_args
 from microtron.errors import UserError
+from microtron.model.args import ModelArgs
 
 Rule = tuple[Callable[[Any], bool], str]  # what is right; the remedy where it is not
 
@@ -202,6 +203,7 @@ def check(job: JobConfig) -> None:
     for name, (right, remedy) in RULES.items():
         require(right(operator.attrgetter(name)(job)), name, remedy)
     _check_lengths(job, require)
+    _check_kernels(job, require)
     data, validation, profiling = job.data, job.validation, job.profiling
     require(
         bool(data.dirs) or data.mock,
@@ -288,6 +290,73 @@ def _check_lengths(job: JobConfig, require: Callable[[bool, str, str], None]) ->
             f"positions are learned up to model.args.max_positions = {args.max_positions}: give "
             "that or less",
         )
+
+
+def _check_kernels(job: JobConfig, require: Callable[[bool, str, str], None]) -> None:
+    """Bodies that this model, layout or machine does not have (`kernels.py`)."""
+    args = resolved_args(job)
+    for kernel, choice in dataclasses.asdict(job.kernels).items():
+        reasons = []
+        if choice == "cpu":
+            reasons.append((DEVICE_TYPE != "cpu", "its bodies are for a CPU; use auto or torch"))
+        elif choice not in ("auto", "torch"):
+            reasons += _no_body(kernel, args, job)
+        if choice == "liger":
+            reasons += _no_liger(kernel, args, job)
+        for wrong, remedy in reasons:
+            require(not wrong, f"kernels.{kernel}", remedy)
+
+
+def _no_body(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
+    """(whether it holds, why there is nothing but torch and what to do)."""
+    mesh, schedule = job.parallelism, job.parallelism.pipeline_parallel_schedule
+    own = {
+        "rope": (
+            args.positions == "learned",
+            "model.args.positions = learned rotates nothing; leave it out",
+        ),
+        "swiglu": (args.activation == "gelu", "model.args.activation = gelu; leave it out"),
+        "loss": (
+            mesh.tensor_parallel_degree > 1,
+            "under tensor parallelism the loss is computed on shards, by torch; leave it out",
+        ),
+    }
+    return [
+        own.get(kernel, (False, "")),
+        (
+            kernel == "swiglu" and args.moe and DEVICE_TYPE == "cpu" and _grouped(args),
+            "on a CPU experts are one operator, SwiGLU within; leave it out",
+        ),
+        (
+            mesh.pipeline_parallel_degree > 1 and schedule.endswith("ZeroBubble"),
+            f"{schedule} splits the backward; use torch, or another schedule",
+        ),
+    ]
+
+
+def _grouped(args: ModelArgs) -> bool:
+    return args.experts_backend != "loop" and args.dim % 8 == args.expert_dim % 8 == 0
+
+
+def _no_liger(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
+    """Likewise, for Liger."""
+    own = {
+        "norm": (args.norm == "layer", "Liger's is RMSNorm, not LayerNorm; use compile"),
+        "swiglu": (args.activation != "swiglu", "Liger's has no clamps; use compile"),
+    }
+    blocks = job.compile.enable and "model" in job.compile.components
+    return [
+        (DEVICE_TYPE != "cuda", "Liger's kernels need CUDA; use torch or compile"),
+        own.get(kernel, (False, "")),
+        (
+            blocks and kernel != "loss",
+            "compile.enable = true fuses it with what is around it; leave one of the two out",
+        ),
+        (
+            importlib.util.find_spec("liger_kernel") is None,
+            "liger-kernel is not installed: pip install 'microtron[liger]'",
+        ),
+    ]
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

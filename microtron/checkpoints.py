@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from microtron import dcp
@@ -277,6 +278,13 @@ def check_initial(step_folder: Path, args: ModelArgs) -> None:
             f"checkpoint.initial_load_path = {str(step_folder)!r} is {problem}: {remedy}"
         )
     check_step(step_folder, args)
+
+
+def leave_out_checksums() -> None:
+    """`torch.save` writes no CRC-32 from now on: `torch.load` does not look at it, and reckoning it
+    is a good part of a save's work (benchmarks/checkpoint.py has both).
+    """
+    torch.serialization.set_crc32_options(False)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """What microtron adds to TorchTitan's JobConfig, and how a TOML and a command line become one.
 
 TorchTitan merges the ``JobConfig`` below into its own (``[job] custom_config_module``). ``[data]``,
-``[sample]`` and ``[eval]`` are new; a few of TorchTitan's own sections get more fields or better
-defaults here. ``[model.args]`` holds every field of ModelArgs, generated from it. Values are
-checked before anything is built, each mistake told in one line (`check.py`). See all options:
-``./run_train.sh --help``.
+``[kernels]``, ``[sample]`` and ``[eval]`` are new; a few of TorchTitan's own sections get more
+fields or better defaults here. ``[model.args]`` holds every field of ModelArgs, generated from it.
+Values are checked before anything is built, each mistake told in one line (`check.py`). See all
+options: ``./run_train.sh --help``.
 """
 
 import dataclasses
@@ -146,6 +146,23 @@ class Sample:
 
 
 @dataclass
+class Kernels:
+    """Bodies of a few functions (`kernels.py`). No part of the architecture: a run may change them
+    when it resumes.
+    """
+
+    norm: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
+    """RMSNorm and LayerNorm: plain torch, by hand for a CPU, compiled by itself, or Liger's kernel
+    (CUDA, RMSNorm). auto: the fastest measured."""
+    rope: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
+    """Rotation of queries and keys."""
+    swiglu: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
+    """Between the products of a feed-forward. liger: only for model.args.activation = swiglu."""
+    loss: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
+    """Head and cross-entropy: in chunks, these compiled, or Liger's fused kernel (CUDA)."""
+
+
+@dataclass
 class Eval:
     hellaswag: str = ""
     """HellaSwag's validation jsonl: asked while training; empty: never."""
@@ -168,6 +185,7 @@ class JobConfig:
     data: Data = field(default_factory=Data)
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 def overrides(job: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Trainer(Stepper):
 
     def __init__(self, job: JobConfig, watchdog: Watchdog | None = None) -> None:
         super().__init__(job)
+        checkpoints.leave_out_checksums()
         self.watchdog = watchdog or Watchdog()
         self.time_s = 0.0  # training alone
         self.saved_step = -1

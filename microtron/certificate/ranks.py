@@ -62,7 +62,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _plain_run() -> object:
-    """Parsed once a process: it takes most of a second."""
+    """Parsed once a process."""
     return parse(list(RUN))
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from microtron.model.args import ModelArgs
 from microtron.model.attention_core import BACKENDS, resolve_backend
+from microtron.model.cpu_product import Linear
 from microtron.model.norms import RMSNorm
-from microtron.model.rope import rotate
+from microtron.model.rope import rotate_both
 
 
 class InnerAttention(nn.Module):
@@ -21,6 +22,7 @@ class InnerAttention(nn.Module):
         super().__init__()
         self.backend = args.attn_backend
         self.scale = args.head_dim**-0.5
+        self.rotate = rotate_both  # [kernels] may put another body here
 
     def forward(
         self,
@@ -34,7 +36,7 @@ class InnerAttention(nn.Module):
         """q [B, S, H, D], k and v [B, S, K, D], sinks [H] or None -> [B, S, H, D]."""
         core = BACKENDS[resolve_backend(self.backend, q.device.type)]
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = self.rotate(q, k, *rope)
         return core(q, k, v, sinks, mask, self.scale)
 
 
@@ -45,10 +47,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         bias = args.attention_bias
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
         self.q_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps) if args.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(args.n_heads)) if args.sinks else None
@@ -59,6 +61,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D] or None, mask: what the core takes."""
         batch, seq_len, _ = x.shape
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # once, not for each product
+            x = x.to(torch.get_autocast_dtype(device))
         q, k, v = (
             w(x).view(batch, seq_len, -1, self.head_dim) for w in (self.wq, self.wk, self.wv)
         )

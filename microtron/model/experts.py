@@ -22,6 +22,7 @@ class Experts(nn.Module):
         super().__init__()
         experts, dim, width = args.num_experts, args.dim, args.expert_dim
         self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
+        self.swiglu = swiglu  # [kernels] may put another body here
         self.backend = args.experts_backend
         if self.backend == "auto":  # grouped GEMMs want strides of 16 bytes
             self.backend = "loop" if args.dim % 8 or args.expert_dim % 8 else "grouped_mm"
@@ -31,20 +32,33 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(experts, 2 * width)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(experts, dim)) if bias else None
 
-    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """x [M, dim], the first counts[0] rows for expert 0 and so on; counts [E] -> [M, dim]."""
+    def whole(self, x: torch.Tensor) -> bool:
+        """Whether forward also takes rows from tokens and adds them up by itself."""
+        return self.backend == "grouped_mm" and x.device.type == "cpu"
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        counts: torch.Tensor,
+        index: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [M, dim], the first counts[0] rows for expert 0 and so on; counts [E] -> [M, dim].
+
+        With ``index`` and ``scale`` [M] (where `whole`), x are tokens [N, dim]: see cpu_experts.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = [
             w if w is None else w.to(x.dtype)
             for w in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
         ]
-        if self.backend == "grouped_mm" and x.device.type == "cpu":
-            return cpu_experts(x, weights, counts, self.alpha, self.limit)
+        if self.whole(x):
+            return cpu_experts(x, weights, counts, self.alpha, self.limit, index, scale)
         linear = grouped_linear
         if self.backend == "loop":
             linear, counts = _loop_linear, counts.tolist()
-        hidden = swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
+        hidden = self.swiglu(linear(x, *weights[:2], counts), self.alpha, self.limit)
         return linear(hidden, *weights[2:], counts)
 
 

@@ -6,11 +6,14 @@ are at hand; they never exist all at once and are never computed twice.
 ``full_loss`` is the slow obvious twin.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
+from microtron.model.cpu_product import inner, product
 
 IGNORE = -100  # torch's and TorchTitan's label for "not a target"
 
@@ -48,17 +51,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, h.shape[0], chunk):
             part = slice(start, start + chunk)
             x = h[part].to(dtype)
-            value, dlogits = of_chunk(x @ w.t(), labels[part], cap, z, need)
+            value, dlogits = of_chunk(product(x, w.t()), labels[part], cap, z, need)
             loss += value
             if need:
                 dlogits = dlogits.to(dtype)
-                torch.mm(dlogits, w, out=dh[part]) if dh.dtype == dtype else dh[part].copy_(
-                    dlogits @ w
-                )
-                if dtype == torch.float32:
-                    dw.addmm_(dlogits.t(), x)
-                else:
-                    dw += dlogits.t() @ x
+                dh[part] = product(dlogits, w)
+                dw += inner(dlogits, x)
         if need:
             ctx.save_for_backward(dh, dw.to(weight.dtype))
         return loss
@@ -104,14 +102,18 @@ class Head(nn.Linear):
             args.loss_chunk_tokens,
         )
         self.chunk_loss = chunk_loss  # parallel/loss.py has one for a part of the vocabulary
+        # [kernels] may put another body above, or one for the whole loss here.
+        self.fused_loss: Callable[..., torch.Tensor] | None = None
 
     def forward(self, h: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The summed loss counts z-loss in training only, so validation is plain cross-entropy."""
         if labels is None:
             return softcapped(super().forward(h), self.softcap)
+        z = self.z_loss if self.training else 0.0
+        if self.fused_loss is not None:
+            return self.fused_loss(h.flatten(0, 1), self.weight, labels.flatten(), self.softcap, z)
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        z = self.z_loss if self.training else 0.0
         return _ChunkedLoss.apply(
             h.flatten(0, 1),
             self.weight,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
+from microtron.model.cpu_product import Linear
 
 
 def swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -17,14 +18,19 @@ def swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     gate_up: [..., 2 I] as gate0, up0, gate1, up1, ... -> [..., I]. Gate is clamped above at
     ``limit``, up on both sides (gpt-oss ``torch/model.py``, ``swiglu``).
     """
-    gate, up = _Deinterleave.apply(gate_up)
+    gate, up = deinterleave(gate_up)
     # hardtanh is clamp with a vectorised gradient.
     gate, up = F.hardtanh(gate, -math.inf, limit), F.hardtanh(up, -limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
-class _Deinterleave(torch.autograd.Function):
+def deinterleave(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Even and odd columns as contiguous tensors: plain slices make all that follows strided."""
+    return _Deinterleave.apply(x)
+
+
+class _Deinterleave(torch.autograd.Function):
+    """Its gradient is written once, into one tensor."""
 
     @staticmethod
     def forward(ctx, x):  # noqa: ANN001, ANN205
@@ -39,7 +45,7 @@ class _Deinterleave(torch.autograd.Function):
 
 def plain_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up``; gate and up interleaved as above: [..., 2 I] -> [..., I]."""
-    gate, up = _Deinterleave.apply(gate_up)
+    gate, up = deinterleave(gate_up)
     return F.silu(gate) * up
 
 
@@ -48,15 +54,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
-        self.clamped = args.activation == "clamped_swiglu"
-        self.gate_up = nn.Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
-        self.down = nn.Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+        clamped = args.activation == "clamped_swiglu"
+        self.swiglu = swiglu if clamped else plain_swiglu  # [kernels] may put another body here
+        self.constants = (args.swiglu_alpha, args.swiglu_limit) if clamped else ()
+        self.gate_up = Linear(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
+        self.down = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim] -> [..., dim]."""
-        x = self.gate_up(x)
-        return self.down(swiglu(x, self.alpha, self.limit) if self.clamped else plain_swiglu(x))
+        return self.down(self.swiglu(self.gate_up(x), *self.constants))
 
 
 class GeluFeedForward(nn.Module):
@@ -64,8 +70,8 @@ class GeluFeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.up = nn.Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
-        self.down = nn.Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
+        self.up = Linear(args.dim, args.hidden_dim, bias=args.mlp_bias)
+        self.down = Linear(args.hidden_dim, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim] -> [..., dim]."""

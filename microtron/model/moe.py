@@ -7,11 +7,11 @@ multiply the experts' outputs, down bias included (gpt-oss).
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
 from microtron.model.experts import Experts
+from microtron.model.permute import by_expert, combine, take
 from microtron.model.router import Router, Routing
 
 
@@ -62,28 +62,12 @@ def dispatch(
     tokens: torch.Tensor, routing: Routing, experts: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """Each token through its experts and back: tokens [N, dim] -> [N, dim]."""
+    device = tokens.device.type
+    if torch.is_autocast_enabled(device):  # before there are k of each
+        tokens = tokens.to(torch.get_autocast_dtype(device))
     order, slots = by_expert(routing.experts)
-    # index_select, not indexing: its gradient is an index_add, several times faster on CPU.
-    rows = tokens.index_select(0, order // slots.shape[1])
-    return combine(experts(rows, routing.counts), slots, routing.weights)
-
-
-def by_expert(experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """experts [N, k] -> slots n * k + j in the order of their experts [N k], and where each slot
-    went [N, k].
-    """
-    order = experts.reshape(-1).argsort(stable=True)
-    index = torch.arange(order.numel(), device=order.device)
-    return order, torch.empty_like(order).scatter(0, order, index).view_as(experts)
-
-
-def combine(outputs: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_j weights[n, j] * outputs[slots[n, j]]``: outputs [N k, dim], slots and weights [N, k].
-
-    On a CPU the three steps are one embedding_bag: no [N, k, dim] tensor, one pass.
-    """
-    weights = weights.to(outputs.dtype)
-    if outputs.device.type == "cpu" and outputs.dtype == torch.float32:
-        return F.embedding_bag(slots, outputs, mode="sum", per_sample_weights=weights)
-    chosen = outputs.index_select(0, slots.reshape(-1)).view(*slots.shape, -1)  # [N, k, dim]
-    return (chosen * weights.unsqueeze(-1)).sum(dim=1)
+    if experts.whole(tokens):
+        weights = routing.weights.reshape(-1).index_select(0, order)
+        return experts(tokens, routing.counts, order // slots.shape[1], weights)
+    outputs = experts(take(tokens, order, slots), routing.counts)
+    return combine(outputs, order, slots, routing.weights)

@@ -9,33 +9,47 @@ from torch import nn
 from microtron.model.args import ModelArgs
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight``: x [..., dim], weight [dim] -> x's shape and dtype."""
+    weight = weight.float()
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``(x - mean(x)) / std(x) * weight + bias``: x [..., dim] -> x's shape and dtype."""
+    weight, bias = weight.float(), bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension; returns the dtype of ``x``."""
+    """`rms_norm` over the last dimension."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.norm = rms_norm  # [kernels] may put another body here
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim] -> [..., dim]."""
-        weight = self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return self.norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean(x)) / std(x) * weight + bias`` likewise."""
+    """`layer_norm` likewise."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))
+        self.norm = layer_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim] -> [..., dim]."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
+        return self.norm(x, self.weight, self.bias, self.eps)
 
 
 def build_norm(args: ModelArgs) -> RMSNorm | LayerNorm:

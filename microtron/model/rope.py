@@ -83,3 +83,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     wide = x.float()
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+def rotate_both(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` for queries [B, S, H, D] and keys [B, S, K, D]."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)

@@ -24,13 +24,17 @@ class GroupedOptimizers(OptimizersContainer):
 
     def __init__(self, model_parts: list[nn.Module], config: OptimizerConfig) -> None:
         self.model_parts = model_parts
-        implementation = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+        implementation = {
+            "fused": {"fused": True},
+            "foreach": {"foreach": True},
+            "for-loop": {"foreach": False},  # left open, torch chooses foreach on CUDA
+        }
         options = {
             "lr": config.lr,
             "betas": (config.beta1, config.beta2),
             "eps": config.eps,
             "weight_decay": config.weight_decay,
-            **implementation.get(config.implementation, {}),
+            **implementation[config.implementation],
         }
         groups = [
             parameter_groups(part, config.lr, config.weight_decay, config.decay_embeddings)

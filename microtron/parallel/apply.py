@@ -4,12 +4,15 @@
     tensor          tp.py        weights become DTensors on tp; the sequence is cut between products
     experts         ep.py        whole experts on ep (which borrows dp, cp and tp ranks)
     context         ulysses.py   sequence for heads around attention
+    kernels         kernels.py   the bodies of [kernels] in place of plain functions
     checkpointing   TorchTitan   decides what backward computes again, communication included
     compile         torch        a block with all of the above is one graph (with ep: a few)
     data            dp.py        FSDP2 / HSDP / DDP hooks go around compiled blocks
 
 TorchTitan calls `parallelize` with a model, or a stage, on the meta device.
 """
+
+import dataclasses
 
 import torch
 from torch import nn
@@ -18,7 +21,8 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 
-from microtron import accelerator  # noqa: F401  (before torchtitan)
+from microtron import accelerator
+from microtron.kernels import apply_kernels
 from microtron.model.model import Transformer
 from microtron.parallel.dp import apply_dp, wrapped
 from microtron.parallel.ep import apply_experts
@@ -34,6 +38,7 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.microtron.attention.default,
     torch.ops.microtron.experts.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
@@ -55,6 +60,10 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
             apply_experts(block.moe, mesh, ep=True, etp=dims.etp_enabled)
     if dims.cp_enabled:
         apply_ulysses(model, dims.get_mesh("cp").get_group())
+    blocks_compiled = job.compile.enable and "model" in job.compile.components
+    if not splits_backward(dims, job):
+        asked = dataclasses.asdict(job.kernels)
+        apply_kernels(model, asked, accelerator.DEVICE_TYPE, blocks_compiled)
     if job.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -63,11 +72,16 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
             op_sac_save_list=SAVED_OPS,
             base_folder=job.job.dump_folder,
         )
-    if job.compile.enable and "model" in job.compile.components:
+    if blocks_compiled:
         _compile(model, dims, job)
     if wrapped(dims):
         apply_dp(model, dims, job)
     return model
+
+
+def splits_backward(dims: ParallelDims, job: JobConfig) -> bool:
+    """Whether the schedule runs a backward twice, which compiled and fused bodies do not bear."""
+    return dims.pp_enabled and job.parallelism.pipeline_parallel_schedule.endswith("ZeroBubble")
 
 
 def _compile(model: Transformer, dims: ParallelDims, job: JobConfig) -> None:

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from microtron.model.experts import Experts
-from microtron.model.moe import MoE, by_expert, combine, dispatch
+from microtron.model.moe import MoE, dispatch
+from microtron.model.permute import by_expert, combine, take
 from microtron.model.router import Routing, count
 from microtron.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from microtron.parallel.local import computing, distribute, with_local_parameters
@@ -59,7 +60,7 @@ class Exchange:
     def _across(self, tokens: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
         ranks = self.ep.size()
         order, slots = by_expert(routing.experts)
-        rows = tokens.index_select(0, order // slots.shape[1])
+        rows = take(tokens, order, slots)
         counts = all_to_all(routing.counts, self.ep).view(ranks, -1)  # [ranks, own experts]
         sizes = torch.stack((routing.counts.view(ranks, -1).sum(1), counts.sum(1)))
         sent, received = sizes.tolist()  # the one wait for the device
@@ -68,10 +69,10 @@ class Exchange:
         expert = torch.arange(counts.shape[1], device=rows.device).repeat(ranks)
         expert = expert.repeat_interleave(counts.reshape(-1), output_size=rows.shape[0])
         sorting, places = by_expert(expert.unsqueeze(1))
-        outputs = experts(rows.index_select(0, sorting), counts.sum(0))
-        outputs = outputs.index_select(0, places.squeeze(1))
+        outputs = experts(take(rows, sorting, places), counts.sum(0))
+        outputs = take(outputs, places.squeeze(1), sorting.unsqueeze(1))
         outputs = all_to_all(outputs, self.ep, sent, received)
-        return combine(outputs, slots, routing.weights)
+        return combine(outputs, order, slots, routing.weights)
 
 
 def apply_experts(moe: MoE, mesh: DeviceMesh, ep: bool, etp: bool) -> None:

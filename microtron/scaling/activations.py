@@ -14,6 +14,7 @@ backward, so there only what goes into and comes out of products is counted.
 """
 
 from microtron.model.attention_core import resolve_backend
+from microtron.model.cpu_product import has_onednn
 from microtron.scaling.plan import Plan, Stage
 
 FP32, INT64 = 4, 8
@@ -44,12 +45,17 @@ def mode_of(plan: Plan, position: int) -> str:
 
 
 def recomputed_bytes(plan: Plan, position: int, layer: int) -> int:
-    """What backward makes again of one block (the n-th of its stage), while it passes it."""
-    mode = mode_of(plan, position)
+    """What backward makes of one block (the n-th of its stage), while it passes it: what it computes
+    again, and the gradients around a SwiGLU by hand.
+    """
+    mode, args = mode_of(plan, position), plan.args
+    gradients = 0
+    if not args.moe and plan.kind == "cpu" and args.activation == "clamped_swiglu":
+        gradients = 3 * plan.width * plan.tokens * args.hidden_dim // plan.layout.tp
     if mode == "none":
-        return 0
+        return gradients
     kept = selective_bytes(plan, layer) if mode == "selective" else 0
-    return max(0, block_bytes(plan, layer) - kept)
+    return gradients + max(0, block_bytes(plan, layer) - kept)
 
 
 def boundary_bytes(plan: Plan, stage: Stage, in_flight: int, own: set[int]) -> int:
@@ -93,18 +99,14 @@ def _hidden(plan: Plan) -> int:
 
 
 def _norm_input(plan: Plan) -> int:
-    """RMSNorm: x in fp32 and 1/rms; on a CPU, where it is not fused, x/rms too. LayerNorm, fused on
-    both: x in fp32, the mean and 1/std.
-    """
+    """RMSNorm: x in fp32 and 1/rms. LayerNorm: the mean too."""
     layer = plan.args.norm == "layer"
-    copies = 1 if layer or plan.kind == "cuda" else 2
-    return FP32 * plan.own_tokens * (copies * plan.args.dim + 1 + layer)
+    return FP32 * plan.own_tokens * (plan.args.dim + 1 + layer)
 
 
-def _product_inputs(plan: Plan, products: int) -> int:
-    """The norm's output, gathered over tp: N dim; under autocast a copy for each product."""
-    copies = products if plan.autocast else 1
-    return copies * plan.width * plan.tokens * plan.args.dim
+def _product_input(plan: Plan) -> int:
+    """The norm's output, gathered over tp, in the compute dtype: N dim."""
+    return plan.width * plan.tokens * plan.args.dim
 
 
 def attention_bytes(plan: Plan, layer: int) -> int:
@@ -112,11 +114,10 @@ def attention_bytes(plan: Plan, layer: int) -> int:
     args, n, e = plan.args, plan.tokens, plan.width
     heads, kv = _heads(plan)
     q = n * heads * args.head_dim
-    total = _norm_input(plan) + _product_inputs(plan, 3)
+    total = _norm_input(plan) + _product_input(plan)
     if args.qk_norm:  # as above, on heads
         vectors = n * (heads + args.n_kv_heads // plan.layout.tp)
-        copies = 1 if plan.kind == "cuda" else 2
-        total += FP32 * vectors * (copies * args.head_dim + 1)
+        total += FP32 * vectors * (args.head_dim + 1)
     total += _core_bytes(plan, layer)
     if plan.layout.cp > 1:
         if args.positions == "rope":  # v lies in one tensor with q and k, as they came
@@ -147,9 +148,8 @@ def _core_bytes(plan: Plan, layer: int) -> int:
     if backend == "flex":  # q, k, v, out, logarithm; for the sink: gated out, its factor twice
         sink = args.sinks * heads * (e * d + FP32 + e)
         return n * (e * d * (2 * heads + 2 * kv) + heads * FP32 + sink)
-    if backend == "blocked":  # fp32 inside; q, k, v, out, logarithm
-        copy = e * heads * d if e < FP32 else 0
-        return n * (FP32 * (d * (2 * heads + 2 * kv) + heads) + copy)
+    if backend == "blocked":  # q, k, v, out, logarithm
+        return n * (e * d * (2 * heads + 2 * kv) + FP32 * heads)
     if backend == "sdpa":  # q, k, v, out widened for the sink; out again; the mask as numbers
         wide = d + _SINK * args.sinks
         again = e * heads * d if args.sinks else 0
@@ -163,14 +163,19 @@ def _core_bytes(plan: Plan, layer: int) -> int:
 def feed_forward_bytes(plan: Plan) -> int:
     """The second half of a dense block: the norm, and some widths of the activation."""
     width = plan.args.hidden_dim // plan.layout.tp
-    activation = _WIDTHS[plan.args.activation] * width * plan.tokens * plan.width
-    return _norm_input(plan) + _product_inputs(plan, 1) + activation
+    activation = _widths(plan) * width * plan.tokens * plan.width
+    return _norm_input(plan) + _product_input(plan) + activation
 
 
 # clamped_swiglu: gate, up; clamped gate; up + 1; sigmoid; gate * sigmoid; the product, which `down`
 # keeps. swiglu: gate, up; silu; the product. gelu: what goes in, what comes out.
 _WIDTHS = {"clamped_swiglu": 7, "swiglu": 4, "gelu": 2}
-_SWIGLU = _WIDTHS["clamped_swiglu"]  # of experts
+
+
+def _widths(plan: Plan) -> int:
+    """The above; by hand (`cpu_pointwise.py`) gate, up and the product are enough."""
+    clamped = plan.args.activation == "clamped_swiglu"
+    return 3 if clamped and plan.kind == "cpu" else _WIDTHS[plan.args.activation]
 
 
 def _inward(plan: Plan) -> int:
@@ -195,13 +200,19 @@ def moe_bytes(plan: Plan) -> int:
     total = _norm_input(plan) + FP32 * plan.own_tokens * args.dim  # the router's input
     total += plan.own_tokens * (2 * FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
     total += 2 * INT64 * rows  # order, slots
-    total += e * rows * args.dim  # what the experts get
-    total += e * tokens * args.top_k * args.dim  # what they gave, for the routing weights
-    if plan.kind == "cpu" and args.experts_backend != "loop":
-        total += 2 * e * rows * width  # gate and up; the operator makes the rest again
+    operator = plan.kind == "cpu" and args.experts_backend != "loop"
+    if operator and plan.layout.ep == 1:  # it takes rows from tokens by itself, and adds them up
+        shared = e == FP32 and plan.expert_split == 1  # with the router
+        total += 0 if shared else e * tokens * args.dim
     else:
-        total += _SWIGLU * e * rows * width
-        total += 2 * INT64 * rows if args.mlp_bias else 0  # which bias is whose
+        total += e * rows * args.dim  # what the experts get
+        total += e * tokens * args.top_k * args.dim  # what they gave, for the routing weights
+    if operator:
+        total += 2 * e * rows * width  # gate and up; the operator makes the rest again
+        total += FP32 * rows  # routing weights by row
+        total += INT64 * rows if plan.layout.ep > 1 else 0  # which row is whose
+    else:
+        total += _widths(plan) * e * rows * width
     if plan.layout.ep > 1:
         total += 2 * INT64 * rows  # sorting what came, and back
     return total
@@ -215,14 +226,15 @@ def selective_bytes(plan: Plan, layer: int) -> int:
     tp, (heads, kv) = plan.layout.tp, _heads(plan)
     q, kv_width = heads * args.head_dim, args.n_kv_heads // tp * args.head_dim
     alone = 0  # products without bias so far: TorchTitan keeps the 1st, 3rd, ..
+    by_onednn = plan.kind == "cpu" and e == FP32 and has_onednn()
 
     def product(numbers: int, bias: bool) -> int:
         nonlocal alone
         alone += not bias
-        return e * numbers if bias or alone % 2 else 0
+        return e * numbers if bias or alone % 2 or by_onednn else 0
 
     total = sum(product(n * w, args.attention_bias) for w in (q, kv_width, kv_width))
-    total += n * heads * ((args.head_dim * (FP32 if plan.kind == "cpu" else e)) + FP32)
+    total += n * heads * (args.head_dim * e + FP32)
     if plan.layout.cp > 1:
         total += e * n * (2 * q + 2 * kv * args.head_dim)
     total += product(n * args.dim, args.attention_bias and tp == 1)
@@ -234,7 +246,8 @@ def selective_bytes(plan: Plan, layer: int) -> int:
         return total + (scattered if tp > 1 else 0)
     tokens, rows = expert_rows(plan)
     total += FP32 * own * args.num_experts
-    total += e * rows * (2 * args.expert_dim // plan.expert_split + args.dim)
+    made = tokens if plan.kind == "cpu" and plan.layout.ep == 1 else rows
+    total += e * (rows * 2 * args.expert_dim // plan.expert_split + made * args.dim)
     total += scattered if plan.expert_split > 1 else 0
     if plan.layout.ep > 1:
         total += e * (rows + tokens * args.top_k) * args.dim
@@ -256,7 +269,10 @@ def compiled_bytes(plan: Plan, layer: int) -> int:
     tokens, rows = expert_rows(plan)
     total += FP32 * own  # the router's input
     total += plan.own_tokens * (FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
+    if plan.kind == "cpu" and args.experts_backend != "loop" and plan.layout.ep == 1:
+        width = args.expert_dim // plan.expert_split
+        return total + 2 * INT64 * rows + FP32 * rows + 2 * e * rows * width
     # gate and up, and the product; with expert parallel the experts are not in the graph
-    widths = 3 if plan.layout.ep == 1 else _SWIGLU
+    widths = 3 if plan.layout.ep == 1 else _widths(plan)
     total += e * rows * (args.dim + widths * args.expert_dim // plan.expert_split)
     return total + e * tokens * args.top_k * args.dim + 3 * INT64 * rows

@@ -14,8 +14,23 @@ def test_torchtitan_got_the_device_that_is_there():
     assert utils.device_module.device_count() >= 1
     # The stand-in is not left behind for the rest of torch.
     assert "mock" not in repr(torch._utils._get_device_module).lower()
+    assert torch.compile is not accelerator.compile_late
     if accelerator.DEVICE_TYPE == "cpu":
         assert torch._utils._get_available_device_type() is None
+        assert 1e8 < utils.get_peak_flops("a CPU") < 1e14
+
+
+def test_compiled_at_the_first_call(monkeypatch):
+    asked = []
+
+    def compiling(function, **options):
+        asked.append(options)
+        return lambda value: function(value) + 1
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    late = accelerator.compile_late(abs, mode="max-autotune")
+    assert asked == [] and late.__name__ == "abs"
+    assert (late(-3), late(-5)) == (4, 6) and asked == [{"mode": "max-autotune"}]
 
 
 def test_memory_is_the_process_s_own():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_run import DENSE, GPT2, LLAMA, TINY
 
 from microtron.config import resolved_args
+from microtron.kernels import KERNELS, apply_kernels
 from microtron.model import attention_core, model
 from microtron.model.model import Transformer
 from microtron.parallel.apply import SAVED_OPS, apply_ac
@@ -26,21 +27,22 @@ def job_of(*options, ranks=1):
     return parse([*TINY, "--parallelism.data_parallel_shard_degree=1", layout, *options])
 
 
-def build(job, args, device="cpu"):
-    """The model, checkpointed as the job says."""
+def build(job, args, device="cpu", kernels=None):
+    """The model, checkpointed as the job says, with a CPU's own bodies or those of ``kernels``."""
     with torch.device(device):
         built = Transformer(args)
     if device == "cpu":
         built.init_weights()
+    apply_kernels(built, kernels or {}, "cpu" if device == "cpu" else "cuda")
     if job.activation_checkpoint.mode != "none":
         save = SAVED_OPS | {torch.ops.microtron_test.flex.default}
         apply_ac(built, job.activation_checkpoint, op_sac_save_list=save)
     return built
 
 
-def forward(job, args, device="cpu", dtype=None):
+def forward(job, args, device="cpu", dtype=None, kernels=None):
     """Bytes that a forward of the real model keeps."""
-    built = build(job, args, device)
+    built = build(job, args, device, kernels)
     for parameter in built.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     shape = (job.training.local_batch_size, job.training.seq_len)
@@ -224,6 +226,6 @@ def test_activations_under_autocast(flex_stand_in, monkeypatch, shape):
     args = resolved_args(job).override({"attn_backend": "flex"})
     plan = replace(plan_of(job, 1, "cuda"), args=args)
     with torch.autocast("cpu", torch.bfloat16):
-        kept = forward(job, args)
+        kept = forward(job, args, kernels=dict.fromkeys(KERNELS, "torch"))
     told = memory_of(plan, 0)
     assert told.activations + told.gathered_weights == pytest.approx(kept, rel=0.05)

@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (VOCAB,):
             self.rows = max(self.rows, out.numel() // VOCAB)
-        self.products += "mm" in func.name()
+        self.products += "mm" in func.name() or "linear" in func.name()
         return out
 
 

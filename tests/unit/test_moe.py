@@ -102,50 +102,94 @@ def test_grouped_against_loop(dtype, counts, bias):
             assert (grad.norm() > 0) == (count > 0), f"{name} of expert {e}"
 
 
+INDEX = [2, 0, 5, 5, 1, 3, 4, 0, 2]  # rows of 9 to tokens of 6: some twice
+
+
 def operands(width=5, dim=6, grad=True):
-    """x, gate_up, its bias, down, its bias, counts, alpha, limit of the CPU operator."""
-    shapes = [(9, dim), (4, dim, 2 * width), (4, 2 * width), (4, width, dim), (4, dim)]
+    """x, index, scale, gate_up, its bias, down, its bias, counts, alpha, limit of the operator."""
+    shapes = [(6, dim), (9,), (4, dim, 2 * width), (4, 2 * width), (4, width, dim), (4, dim)]
     generator = torch.Generator().manual_seed(3)
-    leaves = [torch.randn(s, generator=generator).requires_grad_(grad) for s in shapes]
-    return [*leaves, torch.tensor([5, 0, 3, 1]), 1.702, 1.0]
+    x, *leaves = [torch.randn(s, generator=generator).requires_grad_(grad) for s in shapes]
+    return [x, torch.tensor(INDEX), *leaves, torch.tensor([5, 0, 3, 1]), 1.702, 1.0]
+
+
+def gradients_of(arguments):
+    return [x.grad for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def backward_operands(grad=None):
+    x, index, scale, gate_up, _, down, down_bias, counts, alpha, limit = operands(grad=False)
+    hidden = torch.ops.microtron.experts(*operands(grad=False))[1]
+    grad = torch.randn_like(x) if grad is None else grad
+    return grad, x, index, scale, gate_up, down, down_bias, counts, hidden, alpha, limit
 
 
 def test_operator_obeys_torchs_rules():
     """Schema, autograd registration, fake tensors and tracing with dynamic shapes."""
     torch.library.opcheck(torch.ops.microtron.experts, operands())
-    x, gate_up, bias, down, _, counts, alpha, limit = operands(grad=False)
-    _, gates, ups = torch.ops.microtron.experts(*operands(grad=False))
-    torch.library.opcheck(
-        torch.ops.microtron.experts_backward,
-        (torch.randn_like(x), x, gate_up, down, counts, gates, ups, alpha, limit),
-    )
+    torch.library.opcheck(torch.ops.microtron.experts_backward, backward_operands())
 
 
 def test_operator_takes_strided_gradients():
     """The backward of a sum hands over an expanded tensor, of a transpose a transposed one."""
-    for layout in (lambda y: y.sum(), lambda y: (y.t() * torch.arange(9.0)).sum()):
+    for layout in (lambda y: y.sum(), lambda y: (y.t() * torch.arange(6.0)).sum()):
         grads = []
         for wrap in (lambda y: y, lambda y: y.clone(memory_format=torch.contiguous_format) * 1.0):
             arguments = operands()
             layout(wrap(torch.ops.microtron.experts(*arguments)[0])).backward()
-            grads.append([leaf.grad for leaf in arguments[:5]])
+            grads.append(gradients_of(arguments))
         for strided, plain in zip(*grads, strict=True):
             torch.testing.assert_close(strided, plain)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 100])
-def test_operator_in_chunks_of_any_size(monkeypatch, rows):
-    """Chunks of an expert's rows must not show, and clamped values have no gradient."""
+def plain_experts(x, index, scale, gate_up, gate_up_bias, down, down_bias, counts, alpha, limit):
+    """What the operator computes, row by row."""
+    out = torch.zeros_like(x)
+    for row, which in enumerate(torch.arange(4).repeat_interleave(counts)):
+        hidden = x[index[row]] @ gate_up[which] + gate_up_bias[which]
+        made = swiglu(hidden, alpha, limit) @ down[which] + down_bias[which]
+        out = out.index_add(0, index[row : row + 1], scale[row] * made.unsqueeze(0))
+    return out
+
+
+@pytest.mark.parametrize("limit", [1.0, 50.0], ids=["clamped", "free"])
+@pytest.mark.parametrize("rows, step", [(1024, 64), (1, 1), (2, 1), (4, 3), (100, 1)])
+def test_operator_row_by_row(monkeypatch, rows, step, limit):
+    """In chunks of any size, with rows left over; clamped values have no gradient."""
+    monkeypatch.setattr(cpu_experts, "_ROWS", rows)
+    monkeypatch.setattr(cpu_experts, "_STEP", step)
     results = []
-    for size in (1024, rows):
-        monkeypatch.setattr(cpu_experts, "_ROWS", size)
-        arguments = operands()
-        torch.ops.microtron.experts(*arguments)[0].square().sum().backward()
-        results.append([leaf.grad for leaf in arguments[:5]])
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole)
-    _, gates, ups = torch.ops.microtron.experts(*operands(grad=False))
-    assert (gates > 1).any() and (ups.abs() > 1).any()  # limit is 1: the clamps are in play
+    for body in (plain_experts, lambda *given: torch.ops.microtron.experts(*given)[0]):
+        arguments = [*operands()[:-1], limit]
+        out = body(*arguments)
+        out.square().sum().backward()
+        results.append([out, *gradients_of(arguments)])
+    assert len(results[0]) == 7
+    for expected, actual in zip(*results, strict=True):
+        assert rel(actual, expected) < 1e-5
+    hidden = backward_operands()[8]
+    assert (hidden > 1).any() and (hidden < -1).any()  # with a limit of 1 the clamps are in play
+
+
+def test_operator_without_rows():
+    """No token at all, and experts that get none."""
+    arguments = operands()
+    arguments[1], arguments[2] = arguments[1][:0], torch.empty(0, requires_grad=True)
+    arguments[7] = torch.zeros(4, dtype=torch.int64)
+    torch.ops.microtron.experts(*arguments)[0].sum().backward()
+    assert all(grad.norm() == 0 for grad in gradients_of(arguments))
+
+
+def test_rows_are_rounded_up_and_none_is_lost():
+    for counts in ([5, 0, 3, 1], [1, 1600, 0, 2049], [64, 63, 65, 1024]):
+        seen = []
+        for which, parts, size in cpu_experts._by_expert(torch.tensor(counts)):
+            assert size % cpu_experts._STEP == 0
+            assert all(part.stop - part.start <= size for part in parts)
+            rows = [row for part in parts for row in range(part.start, part.stop)]
+            assert len(rows) == counts[which]
+            seen += rows
+        assert seen == list(range(sum(counts)))
 
 
 def test_scores_multiply_the_down_bias_too():

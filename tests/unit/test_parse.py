@@ -1,5 +1,6 @@
 """A TOML and a command line become one JobConfig: who wins, what is understood, what comes back."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,8 @@ from microtron.model.args import ModelArgs
 from microtron.startup import write_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
-KNOWN = parse.option_types(parse.ConfigManager._merge_configs(parse.JobConfig, config.JobConfig))
+MERGED = parse.ConfigManager._merge_configs(parse.JobConfig, config.JobConfig)
+KNOWN = parse.option_types(MERGED)
 
 
 @pytest.fixture
@@ -111,6 +113,40 @@ def test_spellings_of_an_argument(job_of, argv, name, value):
     for part in name.split("."):
         found = getattr(found, part)
     assert found == value and type(found) is type(value)
+
+
+def test_every_option_is_read_as_torchtitan_reads_it():
+    """ConfigManager, which takes its time, is the twin."""
+    left_out = {"job.config_file", "experimental.custom_args_module", "model.tokenizer_path"}
+    words = ("7", "0.5", "true", "None", "word", "a,b", "1,2.5")
+    given, argv = {}, ["--job.custom_config_module=microtron.config"]
+    for number, (name, expected) in enumerate(sorted(KNOWN.items())):
+        fitting = []
+        for word in (*getattr(expected, "__args__", ()), *words):  # the words of a Literal too
+            with contextlib.suppress(ValueError):
+                if isinstance(word, str):
+                    fitting.append((word, parse.reading(word, expected)))
+        if name in left_out or name in ("job.custom_config_module", "model.hf_assets_path"):
+            continue
+        word, given[name] = fitting[number % len(fitting)]
+        section, _, key = name.rpartition(".")
+        if expected is bool:
+            argv.append(f"--{section}.{key}")
+        elif expected in (list[int], list[float]):
+            argv += [f"--{name}", *word.split(",")]
+        else:
+            argv.append(f"--{name}={word.capitalize() if given[name] is True else word}")
+    theirs = parse.ConfigManager().parse_args(argv)
+    ours = parse.merge(MERGED, {}, given)
+    assert len(given) > 200 and repr(ours) == repr(theirs)
+
+
+def test_a_section_that_refuses_itself(job_of):
+    for option in ("--parallelism.context_parallel_load_balancer=", "--validation.steps=-3"):
+        section = option[2:].partition(".")[0]
+        with pytest.raises(UserError, match=f"section {section} is refused") as refused:
+            job_of("", option)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
