@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from microtron.model import head
 
-_ROWS = 512  # of 4 I numbers
+_ROWS = 256  # of a few I numbers each
 _LOG2E = 1.4426950408889634
 
 

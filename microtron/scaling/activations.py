@@ -45,8 +45,8 @@ def mode_of(plan: Plan, position: int) -> str:
 
 
 def recomputed_bytes(plan: Plan, position: int, layer: int) -> int:
-    """What backward makes of one block (the n-th of its stage), while it passes it: what it computes
-    again, and the gradients around a SwiGLU by hand.
+    """What backward makes of one block (the n-th of its stage), while it passes it: all that it
+    computes again, and the gradients around a SwiGLU by hand.
     """
     mode, args = mode_of(plan, position), plan.args
     gradients = 0
