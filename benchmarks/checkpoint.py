@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import facts, interleave, our_trainer, summary, synchronise, write_json
+from common import facts, interleave, our_trainer, seconds_of, summary, synchronise, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ROOT / "train_configs" / "debug.toml"
@@ -125,13 +125,49 @@ def read_plain(path: Path) -> None:
             pass
 
 
-def rates(trainer: Any, folder: Path, repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every way to write, then of every way to read back."""
+def rates(trainer: Any, folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds and GB/s of every way to write, then of every way to read; bytes of the state."""
     state = state_of(trainer)
     size = sum(tensor.nbytes for tensor in state.values())
-    step, single, plain = (folder / name for name in ("step", "torch.pt", "plain"))
-    manager = trainer.checkpointer
+    step, single, plain = trainer._step_folder(trainer.step), folder / "torch.pt", folder / "plain"
     set_mode(trainer, "disabled")
+
+    def torch_load() -> None:
+        for name, tensor in torch.load(single, weights_only=True).items():
+            state[name].copy_(tensor)
+
+    ways = {
+        "microtron": (lambda: trainer.checkpointer.load(trainer.step), step),
+        "torch.load": (torch_load, single),
+        "plain read": (lambda: read_plain(plain), plain),
+    }
+    rows = {
+        "save": in_turn(writers(trainer, state, size, (step, single, plain)), repeats),
+        "load": in_turn(
+            {
+                f"{name}, {'disk' if cold else 'page cache'}": reader(load, path, cold)
+                for cold in (False, True)
+                for name, (load, path) in ways.items()
+            },
+            repeats,
+        ),
+    }
+    for path in (step, single, plain):
+        remove(path)
+    return {
+        what: {
+            name: {"seconds": seconds, "gb_per_s": summary([size / 1e9 / s for s in seconds])}
+            for name, seconds in found.items()
+        }
+        for what, found in rows.items()
+    } | {"bytes": size}
+
+
+def writers(
+    trainer: Any, state: dict[str, torch.Tensor], size: int, paths: tuple[Path, Path, Path]
+) -> dict[str, Callable[[], float]]:
+    """Name -> its seconds, each to a file or folder that is not there yet."""
+    step, single, plain = paths
 
     def save() -> None:
         trainer._save(last=False)
@@ -152,61 +188,28 @@ def rates(trainer: Any, folder: Path, repeats: int) -> dict[str, dict[str, Any]]
         def timed() -> float:
             remove(path)
             os.sync()  # what others have not written yet is not this one's to wait for
-            began = time.perf_counter()
-            write()
-            return time.perf_counter() - began
+            return seconds_of(write)
 
         return timed
 
-    step = trainer._step_folder(trainer.step)
-    written = in_turn(
-        {
-            "microtron": anew(save, step),
-            "microtron, CRC-32": anew(save_with_checksums, step),
-            "torch.save, fsync": anew(lambda: torch_save(True), single),
-            "plain write, fsync": anew(lambda: write_plain(plain, size, True), plain),
-            "torch.save, page cache": anew(lambda: torch_save(False), single),
-            "plain write, page cache": anew(lambda: write_plain(plain, size, False), plain),
-        },
-        repeats,
-    )
-
-    def torch_load() -> None:
-        for name, tensor in torch.load(single, weights_only=True).items():
-            state[name].copy_(tensor)
-
-    def read(load: Callable[[], object], path: Path, cold: bool) -> Callable[[], float]:
-        def timed() -> float:
-            drop(path) if cold else [read_plain(file) for file in files_of(path)]
-            began = time.perf_counter()
-            load()
-            return time.perf_counter() - began
-
-        return timed
-
-    ways = {
-        "microtron": (lambda: manager.load(trainer.step), step),
-        "torch.load": (torch_load, single),
-        "plain read": (lambda: read_plain(plain), plain),
-    }
-    loaded = in_turn(
-        {
-            f"{name}, {'disk' if cold else 'page cache'}": read(load, path, cold)
-            for cold in (False, True)
-            for name, (load, path) in ways.items()
-        },
-        repeats,
-    )
-    for path in (step, single, plain):
-        remove(path)
-    rows = {"save": written, "load": loaded}
     return {
-        what: {
-            name: {"seconds": seconds, "gb_per_s": summary([size / 1e9 / s for s in seconds])}
-            for name, seconds in found.items()
-        }
-        for what, found in rows.items()
-    } | {"bytes": size}
+        "microtron": anew(save, step),
+        "microtron, CRC-32": anew(save_with_checksums, step),
+        "torch.save, fsync": anew(lambda: torch_save(True), single),
+        "plain write, fsync": anew(lambda: write_plain(plain, size, True), plain),
+        "torch.save, page cache": anew(lambda: torch_save(False), single),
+        "plain write, page cache": anew(lambda: write_plain(plain, size, False), plain),
+    }
+
+
+def reader(load: Callable[[], object], path: Path, cold: bool) -> Callable[[], float]:
+    """Its seconds, from the disk or from the page cache, until the device has what was read."""
+
+    def timed() -> float:
+        drop(path) if cold else [read_plain(file) for file in files_of(path)]
+        return seconds_of(load)
+
+    return timed
 
 
 def in_turn(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

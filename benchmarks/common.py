@@ -25,19 +25,13 @@ BARE += ["--metrics.no-enable-wandb"]
 
 
 def facts() -> dict[str, object]:
-    """Device, threads and versions, for the JSON."""
+    """Device, threads, cores and versions, for the JSON."""
     from microtron.accelerator import DEVICE_TYPE, cpu_name
 
     import torch
 
     from microtron import __version__
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
     device = torch.cuda.get_device_name() if DEVICE_TYPE == "cuda" else cpu_name()
     versions = {"microtron": __version__, "python": platform.python_version()}
     for name in ("torch", "torchtitan", "transformers", "numpy"):
@@ -48,10 +42,23 @@ def facts() -> dict[str, object]:
     return {
         "device": device,
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "platform": platform.platform(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of the code that is measured; "-changed" where it differs from that; "" without git."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        where = Path(__file__).resolve().parents[1]
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True)
+
+    number = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "microtron", "train_configs", "benchmarks/*.py")
+    return number + "-changed" * bool(number and changed.returncode)
 
 
 def interleave(
@@ -141,6 +148,67 @@ def synchronise() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def stepping(trainer: "Trainer") -> Callable[[], None]:
+    """One optimizer step of ``trainer`` on its data; may return before the device is done."""
+    batches = trainer.batch_generator(trainer.dataloader)
+
+    def step() -> None:
+        trainer.step += 1
+        trainer.train_step(batches)
+
+    return step
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """Until the device has done it."""
+    began = time.perf_counter()
+    step()
+    synchronise()
+    return time.perf_counter() - began
+
+
+def reset_peak() -> int | None:
+    """Peak memory counts from here; bytes held now. The device's, or on a CPU this process's
+    resident ones (Linux; elsewhere None).
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """The most held since `reset_peak`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM")
+
+
+def _resident(name: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    return int(status.read_text().partition(f"{name}:")[2].split()[0]) * 1024
+
+
+def told_by(done: subprocess.CompletedProcess) -> dict[str, object]:
+    """The JSON of a process's last line; ``failed``, with one line, where there is none."""
+    lines = done.stdout.strip().splitlines()
+    with contextlib.suppress(ValueError, IndexError):
+        if done.returncode == 0 and isinstance(told := json.loads(lines[-1]), dict):
+            return told
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return {"failed": f"exit code {done.returncode}: {last}"[:200]}
 
 
 def write_json(path: Path, results: dict[str, object]) -> None:

@@ -4,17 +4,23 @@
         --out benchmarks/results/compile.json
     python benchmarks/compile.py train_configs/debug.toml --steps 5 --repeats 1
 
-Options of a run may follow, as for run_train.sh. A row is the Trainer's step on random tokens in a
-process of its own; rows take turns, --repeats times over, and compile from nothing each time
-(inductor's caches are off). Compile seconds are those of the first step less the median of the
-later ones. A graph break is a place where the compiler gives the program back to Python; blocks
-must have none (fullgraph refuses them), the whole model's are listed with their reasons, as are
-recompilations, and what kept CUDA graphs from being used (mode reduce-overhead). What a run does
-under `compile.enable` is "blocks"; the other rows exist here alone.
+Options of a run may follow, as for run_train.sh. A row is the Trainer's step on random tokens, of
+one micro-batch unless an option says otherwise, in a process of its own; rows take turns, --repeats
+times over, and compile from nothing each time (inductor's caches are off). Compile seconds are
+those of the first step less the median of the later ones. Peak memory is that of the later ones,
+and does not see what CUDA graphs keep between steps. A graph break is a place where the compiler
+gives the program back to Python; blocks must have none (fullgraph refuses them), the whole model's
+are listed with their reasons, as are recompilations, and what kept CUDA graphs from being used
+(mode reduce-overhead).
+
+What a run does under `compile.enable` is "blocks"; what it does without is "eager", in which the
+bodies of [kernels] and FlexAttention may still be compiled by themselves. The other rows exist here
+alone.
 
 CUDA graphs need shapes that stay: without expert parallel a batch has N k rows of experts however
 they are routed, and counts stay on the device, so blocks qualify. Expert parallel does not: the
-host must know how many rows travel.
+host must know how many rows travel. What a graph gives, gradients too, lasts until the next one is
+begun: hence one micro-batch a step.
 """
 
 import argparse
@@ -23,7 +29,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -75,46 +80,22 @@ def in_a_line(text: object) -> str:
     return " ".join(str(text).split())[:300]
 
 
-def reset_peak() -> None:
-    """Peak memory counts from here: the device's, or on a CPU the process's."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """The most since `reset_peak`."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def run_variant(variant: str, argv: list[str], steps: int) -> dict[str, object]:
     """Seconds of each step, tokens a step, peak memory, and what the compiler did."""
-    from common import our_trainer, synchronise
+    from common import our_trainer, peak_bytes, reset_peak, seconds_of, stepping
 
-    compiled = VARIANTS[variant] is not None
-    with our_trainer([*argv, *["--compile.enable"] * compiled]) as trainer:
+    enable = "--compile.no-enable" if VARIANTS[variant] is None else "--compile.enable"
+    given = [argv[0], "--training.global_batch_size=-1", *argv[1:], enable]
+    with our_trainer(given) as trainer:
         import torch
 
-        batches = trainer.batch_generator(trainer.dataloader)
-        seconds, at_first = [], None
-        for step in range(1, WARM_UP + steps + 1):
-            trainer.step = step
+        step, seconds, at_first = stepping(trainer), [], None
+        for number in range(1, WARM_UP + steps + 1):
             torch.compiler.cudagraph_mark_step_begin()
-            began = time.perf_counter()
-            trainer.train_step(batches)
-            synchronise()
-            seconds.append(time.perf_counter() - began)
-            if step == 1:
+            seconds.append(seconds_of(step))
+            if number == 1:
                 at_first = seen_by_the_compiler()
-            if step == WARM_UP:
+            if number == WARM_UP:
                 reset_peak()
         at_end = seen_by_the_compiler()
         return {
@@ -143,6 +124,8 @@ def measured(variant: str, argv: list[str], steps: int) -> dict[str, object]:
 
 def in_its_own_process(variant: str, given: argparse.Namespace, argv: list[str]) -> dict:
     """Runs this script for one variant; its row."""
+    from common import told_by
+
     command = [sys.executable, __file__, given.toml, "--steps", str(given.steps), *argv[1:]]
     done = subprocess.run(
         [*command, "--variant", variant],
@@ -150,11 +133,7 @@ def in_its_own_process(variant: str, given: argparse.Namespace, argv: list[str])
         text=True,
         env=os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
     )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        told = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        return {"failed": told[-1]}
-    return json.loads(lines[-1])
+    return told_by(done)
 
 
 def summed_up(rounds: list[dict[str, object]]) -> dict[str, object]:
@@ -167,13 +146,14 @@ def summed_up(rounds: list[dict[str, object]]) -> dict[str, object]:
     medians = [statistics.median(r["seconds"][WARM_UP:]) for r in rounds]
     later = [s for r in rounds for s in r["seconds"][WARM_UP:]]
     first = [r["seconds"][0] - m for r, m in zip(rounds, medians, strict=True)]
+    peaks = [r["peak_bytes"] for r in rounds if r["peak_bytes"] is not None]
     last = {k: v for k, v in rounds[-1].items() if k not in ("seconds", "peak_bytes")}
     return {
         "step_s": summary(later),
         "step_s_of_repeats": medians,
         "tokens_per_s": last["tokens"] / statistics.median(later),
         "compile_s": summary(first),
-        "peak_bytes": summary([r["peak_bytes"] for r in rounds]),
+        "peak_bytes": summary(peaks) if peaks else None,
         **last,
     }
 
@@ -187,13 +167,14 @@ def table(rows: dict[str, dict[str, object]]) -> str:
         if "failed" in row:
             lines.append([name, f"failed: {row['failed']}"])
             continue
+        peak = row["peak_bytes"]
         lines.append(
             [
                 name,
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['tokens_per_s'] / base:.2f}" if base else "-",
                 f"{row['compile_s']['median']:.1f}",
-                f"{row['peak_bytes']['median'] / 2**30:.2f}",
+                f"{peak['median'] / 2**30:.2f}" if peak else "-",
                 str(row["graphs"]),
                 str(sum(row["graph_breaks"].values())),
                 f"{len(row['recompiles'])} ({row['late_recompiles']})",

@@ -1,17 +1,19 @@
 """An experiment: linear layers in float8 by TorchTitan's converter, the loss curves side by side.
 
     pip install torchao==0.16.0 matplotlib
-    python benchmarks/float8.py train_configs/gpt_oss_656m_1gpu.toml --steps 500 --compile.enable \
-        --out benchmarks/results/float8.json --png benchmarks/results/float8.png
+    python benchmarks/float8.py train_configs/gpt_oss_656m_1gpu.toml --steps 500 \
+        --lr_scheduler.warmup_steps=50 --out benchmarks/results/float8.json \
+        --png benchmarks/results/float8.png
     python benchmarks/float8.py train_configs/debug.toml --steps 3 --emulate     # tiny, on a CPU
 
-Two runs, each in a process of its own, with the same weights and the same data (the recipe's; its
-folders must be prepared): one as it is, one with every nn.Linear of the blocks but the router
-converted by TorchTitan's ``quantize.linear.float8`` (torchao; compute capability 8.9 or newer;
---emulate computes with rounded numbers instead, anywhere, uncompiled, slowly). That is attention's
-projections, and a dense model's feed-forward. The experts stay in bf16: float8 grouped products
-want each expert's rows padded to multiples of 16, which a routing without padding does not have.
-No option of a run asks for this: `check.py` refuses ``model.converters``.
+Two runs, one after the other, each in a process of its own, with the same weights and the same data
+(the recipe's; its folders must be prepared): one as it is, one with every nn.Linear of the blocks
+but the router converted by TorchTitan's ``quantize.linear.float8`` (torchao; compute capability 8.9
+or newer; --emulate computes with rounded numbers instead, anywhere, uncompiled, slowly). That is
+attention's projections, and a dense model's feed-forward. The experts stay in bf16: float8 grouped
+products want each expert's rows padded to multiples of 16, which a routing without padding does not
+have. The curves are what this is for: a speed is of one run, the median over its steps. No option
+of a run asks for float8: `check.py` refuses ``model.converters``.
 """
 
 import argparse
@@ -22,7 +24,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -69,20 +70,15 @@ def run(float8: bool, argv: list[str], steps: int, recipe: str | None, emulate: 
     """Loss and seconds of every step, and how many layers were converted."""
     import contextlib
 
-    from common import our_trainer, synchronise
+    from common import our_trainer, seconds_of, stepping
 
     patch = converting(recipe, emulate) if float8 else contextlib.nullcontext()
     with patch, our_trainer(argv) as trainer:
         modules = [m for part in trainer.model_parts for m in part.modules()]
         converted = sum(type(m).__name__ == "Float8Linear" for m in modules)
-        batches = trainer.batch_generator(trainer.dataloader)
-        losses, seconds = [], []
-        for step in range(1, steps + 1):
-            trainer.step = step
-            began = time.perf_counter()
-            trainer.train_step(batches)
-            synchronise()
-            seconds.append(time.perf_counter() - began)
+        step, losses, seconds = stepping(trainer), [], []
+        for _ in range(steps):
+            seconds.append(seconds_of(step))
             losses.append(trainer.step_result[0].item())
         later = statistics.median(seconds[WARM_UP:] or seconds)
         return {
@@ -131,11 +127,13 @@ def in_its_own_process(name: str, given: argparse.Namespace, options: list[str])
     command = [sys.executable, __file__, given.toml, "--steps", str(given.steps), "--only", name]
     command += ["--emulate"] * given.emulate
     command += ["--recipe", given.recipe] if given.recipe else []
+    from common import told_by
+
     done = subprocess.run([*command, *options], capture_output=True, text=True)
-    if done.returncode:
-        told = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        sys.exit(f"error: the {name} run failed: {told[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    row = told_by(done)
+    if "failed" in row:
+        sys.exit(f"error: the {name} run failed: {row['failed']}")
+    return row
 
 
 def main() -> None:

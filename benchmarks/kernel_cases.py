@@ -1,5 +1,5 @@
 """The kernel classes of a training step, each with its bodies and what it must at least move and
-compute; `kernels.py` measures them.
+compute; `kernel_speed.py` measures them.
 
 A body is a function of the case's tensors. Bytes are the least traffic: every input read once and
 every result written once, forward, then again with the gradients. FLOPs are those of matrix
@@ -44,9 +44,7 @@ FLEX = {
     "flex, blocks of 64": (64, TILES | BACKWARD_TILES),
     "flex, TMA": (128, {"USE_TMA": True}),
 }
-LARGEST_SCORES = (
-    16 * 2**30
-)  # bytes of eager attention's scores in fp32, beyond which it is left out
+LARGEST_SCORES = 16 * 2**30  # bytes in fp32, beyond which eager attention is left out
 
 
 @dataclass
@@ -303,7 +301,7 @@ class _Scale(nn.Module):
         super().__init__()
         self.factors = factors  # [M, 1]
 
-    def whole(self, x: torch.Tensor) -> bool:
+    def permutes(self, x: torch.Tensor) -> bool:
         return False
 
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -291,6 +291,9 @@ def table(result: dict[str, object]) -> str:
             f"{arm:14}{lr:8g}{middle['val_loss']:9.4f}{middle['val_bpb']:9.4f}"
             f"{middle['seconds']:9.1f}{middle['tokens']:12,.0f}{middle['tokens_per_s']:9,.0f}"
         )
+    for model, chosen in result["sweep"].items():
+        if chosen["at_the_edge"]:
+            lines.append(f"{model}: {chosen['lr']:g} is at the edge of the rates tried")
     lines += [f"against {axis}: {told(found, axis)}" for axis, found in result["compared"].items()]
     return "\n".join(lines)
 

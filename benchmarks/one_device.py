@@ -17,15 +17,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VARIANTS = {
-    "plain": [],
+    "plain": ["--compile.no-enable"],
     "compile": ["--compile.enable"],
-    "fsdp2": ["wrap"],
+    "fsdp2": ["wrap", "--compile.no-enable"],
     "fsdp2 + compile": ["wrap", "--compile.enable"],
 }
 
@@ -33,21 +32,16 @@ VARIANTS = {
 def run_variant(toml: str, options: list[str], steps: int, wrap: bool) -> dict[str, object]:
     """Median seconds of a step, tokens a second, MFU, peak memory."""
     import torch
-    from common import one_rank_wrapped, our_trainer, summary, synchronise
+    from common import one_rank_wrapped, our_trainer, seconds_of, stepping, summary
 
     argv = [f"--job.config_file={toml}", *options]
     cuda = torch.cuda.is_available()
     with one_rank_wrapped() if wrap else contextlib.nullcontext(), our_trainer(argv) as trainer:
-        batches = trainer.batch_generator(trainer.dataloader)
-        seconds = []
-        for step in range(1, steps + 3):  # the first two compile and warm up
-            trainer.step = step
-            began = time.perf_counter()
-            trainer.train_step(batches)
-            synchronise()
-            seconds.append(time.perf_counter() - began)
-            if step == 2 and cuda:
-                torch.cuda.reset_peak_memory_stats()
+        step = stepping(trainer)
+        seconds = [seconds_of(step) for _ in range(2)]  # compiles and warms up
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds += [seconds_of(step) for _ in range(steps)]
         ceiling = trainer.metrics_processor.gpu_peak_flops
         step_s = summary(seconds[2:])
         result = {
@@ -87,17 +81,14 @@ def main() -> None:
         result = run_variant(given.toml, [*options, *extra], given.steps, "wrap" in flags)
         print(json.dumps(result))
         return
+    from common import facts, told_by, write_json
+
     rows = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, given.toml, "--steps", str(given.steps), *options]
         done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
-        if done.returncode:
-            rows[variant] = {"failed": done.stderr.strip().splitlines()[-1]}
-        else:
-            rows[variant] = json.loads(done.stdout.strip().splitlines()[-1])
+        rows[variant] = told_by(done)
         print(variant, json.dumps(rows[variant]), flush=True)
-    from common import facts, write_json
-
     results = {**facts(), "toml": given.toml, "options": options, "variants": rows}
     results["estimate"] = estimated(given.toml)
     if given.out:

@@ -7,6 +7,7 @@ written by an older script, is left out with a line on stderr.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,9 +61,10 @@ def on_a_gpu(result: dict[str, Any]) -> bool:
 
 def first_run() -> Iterator[Row]:
     """What a newcomer waits for."""
-    first = load("first_run")["rows"][0]
+    runs = load("first_run")["rows"]
+    first = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     yield (
-        "`./run_train.sh`, installed, 2 cores",
+        "`./run_train.sh`, installed",
         f"first step after {first['first_step_s']:.0f} s, done after {first['total_s']:.0f} s, "
         f"{first['val_bpb']:.2f} bits per byte (start {first['loss_first'] / 0.6931:.1f}); "
         f"loading at most {first['data_percent_max']:.1f}% of the time",
@@ -89,10 +91,11 @@ def suite() -> Iterator[Row]:
     """Seconds of the tests."""
     result = load("suite")
     name, seconds = next(iter(result["slowest_files_s"].items()))
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in result["tests"].items())
     yield (
         "the test suite",
-        f"{sum(result['tests'].values()):,} tests in {result['total_s'] / 60:.1f} minutes; the "
-        f"longest file `{name}` {seconds:.0f} s",
+        f"{outcomes}, in {result['total_s'] / 60:.1f} minutes; the longest file `{name}` "
+        f"{seconds:.0f} s",
         "startup.py --suite",
     )
 
@@ -244,7 +247,7 @@ def certificate() -> Iterator[Row]:
     worst = {kind: max(row[kind] for row in layouts) for kind in ("loss", "grads", "weights")}
     agree = sum(row["verdict"] == "agrees" for row in layouts)
     yield (
-        "`microtron certify`, 2 cores",
+        "`microtron certify`",
         f"{agree} of {len(layouts)} layouts agree with one process, in "
         f"{result['seconds']:.0f} s; largest relative error: loss {worst['loss']:.0e}, gradients "
         f"{worst['grads']:.0e}, weights {worst['weights']:.0e}",
@@ -277,7 +280,7 @@ def kernels() -> Iterator[Row]:
     """Of each class of kernels the fastest body's share of the floor, forward and backward."""
     found = all_of("kernels")
     if not any(map(on_a_gpu, found)):
-        yield "kernels, share of the GPU's measured ceilings", NO_GPU, "kernels.py"
+        yield "kernels, share of the GPU's measured ceilings", NO_GPU, "kernel_speed.py"
     for result in found:
         told = []
         for name, measured in result["classes"].items():
@@ -287,7 +290,7 @@ def kernels() -> Iterator[Row]:
                 best = min(ran, key=lambda n: ran[n]["seconds"]["median"])
                 told.append(f"{name} {ran[best]['share']:.0%} ({best})")
         what = f"kernels, {result['dtype']}, share of the measured ceilings, {result['device']}"
-        yield what, ", ".join(told), "kernels.py"
+        yield what, ", ".join(told), "kernel_speed.py"
 
 
 def compiled() -> Iterator[Row]:
@@ -361,7 +364,8 @@ def measured() -> str:
         lines[-1] += "seconds and against FLOPs](benchmarks/results/moe_vs_dense.png)"
     machine = load("first_run")
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    lines += ["", f"On {machine['device']} (a shared 2-core virtual machine), {versions}."]
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    lines += ["", f"On {machine['device']}{cores}; {versions}."]
     return "\n".join(lines)
 
 

@@ -16,9 +16,7 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -156,15 +154,12 @@ def by_package(importtime: str) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def columns(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """The spread of each key over the repeats; a key that a repeat lacks is 0 there."""
+    from common import summary  # not above: a process that is measured imports its own alone
+
     keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: spread([row.get(key, 0.0) for row in rows]) for key in keys}
+    return {key: summary([row.get(key, 0.0) for row in rows]) for key in keys}
 
 
 def measure(repeats: int, warmup: int, ranks: int, options: list[str]) -> dict[str, object]:
@@ -256,7 +251,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("options", nargs="*", help="options of the run, after --")
     asked = parser.parse_args()
-    from common import facts, write_json  # torch comes with these: not before `trained_within`
+    from common import facts, write_json
 
     if asked.suite:
         found = suite(asked.suite)
@@ -266,7 +261,7 @@ def main() -> None:
         table(found)
         found = {"repeats": asked.repeats, "unit": "s", "rows": found}
     if asked.out:
-        write_json(asked.out, found | {"cores": os.cpu_count(), **facts()})
+        write_json(asked.out, found | facts())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ One recipe (gpt_oss_656m), bf16, random tokens, the tokens of a step and of a mi
 constant over the sequence lengths. The candidates:
 
 * microtron: the slow obvious path (eager attention, a loop over experts, all logits at once, one
-  optimizer call a tensor), then one optimisation after the other until nothing is left out;
+  optimizer call a tensor), then one optimisation after the other until nothing is left out; and
+  that with Liger's loss;
 * its dense twin: one feed-forward as wide as the active experts;
 * TorchTitan 0.2.2's gpt_oss and transformers' GptOssForCausalLM (`throughput_peers.py`).
 
@@ -35,7 +36,7 @@ from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import facts, summary, write_json  # noqa: E402
+from common import facts, summary, told_by, write_json  # noqa: E402
 from throughput_peers import TRANSFORMERS, run_torchtitan, run_transformers  # noqa: E402
 from throughput_step import Running, Work, measure, ours, profile, settings  # noqa: E402
 
@@ -75,6 +76,11 @@ def rung_options(work: Work, added: int) -> tuple[str, ...]:
     return tuple(o for options in chosen for o in options.format(**told).split())
 
 
+def liger_options(work: Work) -> tuple[str, ...]:
+    """The whole path with Liger's fused head and loss in place of ours, which goes by chunks."""
+    return (*rung_options(work, len(RUNGS)), "--kernels.loss=liger")
+
+
 def dense_options(work: Work) -> tuple[str, ...]:
     """The whole path for the dense twin: the same FLOPs a token but for the router's."""
     from microtron.config import resolved_args
@@ -91,6 +97,7 @@ def candidates() -> dict[str, Open]:
     for added in range(len(RUNGS) + 1):
         name = f"microtron + {RUNGS[added - 1][0]}" if added else "microtron eager"
         found[name] = lambda work, added=added: ours(work, rung_options(work, added))
+    found["microtron, loss by Liger"] = lambda work: ours(work, liger_options(work))
     found["dense twin"] = lambda work: ours(work, dense_options(work))
     for name, wrapped in (("torchtitan", False), ("torchtitan, FSDP2", True)):
         found[name] = partial(run_torchtitan, wrapped=wrapped)
@@ -144,16 +151,6 @@ def run_apart(
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {timeout_s:.0f} s"}
     return told_by(done)
-
-
-def told_by(done: subprocess.CompletedProcess) -> dict[str, object]:
-    """The JSON of the last line; or why there is none."""
-    lines = done.stdout.strip().splitlines()
-    with contextlib.suppress(ValueError, IndexError):
-        if done.returncode == 0 and isinstance(told := json.loads(lines[-1]), dict):
-            return told
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {"failed": f"exit code {done.returncode}: {last}"[:200]}
 
 
 def slug_of(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import our_trainer, synchronise
+from common import our_trainer, seconds_of, stepping, synchronise
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -106,13 +106,7 @@ class Running:
 def ours(work: Work, options: tuple[str, ...]) -> Iterator[Running]:
     """microtron's Trainer."""
     with our_trainer(work.argv(options)) as trainer:
-        batches = trainer.batch_generator(trainer.dataloader)
-
-        def step() -> None:
-            trainer.step += 1
-            trainer.train_step(batches)
-
-        yield Running(trainer.model_args, step, lambda: trainer.step_result[0].item())
+        yield Running(trainer.model_args, stepping(trainer), lambda: trainer.step_result[0].item())
 
 
 def measure(running: Running, work: Work) -> dict[str, object]:
@@ -128,10 +122,7 @@ def measure(running: Running, work: Work) -> dict[str, object]:
     from microtron.model.accounting import count_parameters, flops_per_token
 
     cuda = torch.cuda.is_available()
-    began = time.perf_counter()
-    running.step()
-    synchronise()
-    first_step_s = time.perf_counter() - began
+    first_step_s = seconds_of(running.step)
     loss, chance = running.loss(), math.log(running.args.vocab_size)
     if not 0.9 * chance < loss < 1.5 * chance:
         raise UserError(f"its first loss is {loss:.3f} where chance is {chance:.3f}")

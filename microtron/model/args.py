@@ -126,6 +126,11 @@ class ModelArgs:
         return self.num_experts > 0
 
     @property
+    def grouped_experts(self) -> bool:
+        """Whether experts are grouped products, which want rows of whole multiples of 16 bytes."""
+        return self.experts_backend != "loop" and self.dim % 8 == self.expert_dim % 8 == 0
+
+    @property
     def attn_type(self) -> str:
         """The name TorchTitan's helpers ask for."""
         return "flex" if self.attn_backend == "flex" else "sdpa"

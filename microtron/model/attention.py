@@ -9,6 +9,7 @@ from microtron.model.args import ModelArgs
 from microtron.model.attention_core import BACKENDS, resolve_backend
 from microtron.model.cpu_product import Linear
 from microtron.model.norms import RMSNorm
+from microtron.model.precision import compute_dtype
 from microtron.model.rope import rotate_both
 
 
@@ -61,9 +62,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x [B, S, dim], rope: cos and sin [B or 1, S, 1, D] or None, mask: what the core takes."""
         batch, seq_len, _ = x.shape
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # once, not for each product
-            x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(compute_dtype(x))
         q, k, v = (
             w(x).view(batch, seq_len, -1, self.head_dim) for w in (self.wq, self.wk, self.wv)
         )

@@ -7,7 +7,8 @@ The plain expressions of `norms.py`, `rope.py`, `mlp.py` and `head.py` are their
 
 The clamped SwiGLU (g, u before clamping; s = sigmoid(alpha g'); primes are clamped values):
     act = g' s (u' + 1),  d act/d u = g' s,  d act/d g = (u' + 1) s (1 + alpha g' (1 - s)),
-each zero where its clamp holds. With t = alpha g' they are silu(t) and silu'(t), one pass each.
+each zero from its bound on, as hardtanh's are. With t = alpha g' they are silu(t) and silu'(t),
+one pass each.
 """
 
 import torch
@@ -107,11 +108,11 @@ def activation_gradient(
     d_gate, d_up = out.chunk(2, -1)
     torch.mul(grad, swish, out=d_up)
     torch.ops.aten.silu_backward(torch.addcmul(grad, grad, up), scaled, grad_input=d_gate)
-    low, high = torch.aminmax(sides)
-    if max(-low.item(), high.item()) > limit:  # (le_ gives numbers: booleans multiply slowly)
+    # An expert may have no rows, of which there is no maximum.
+    if sides.numel() and max(abs(x.item()) for x in torch.aminmax(sides)) >= limit:
         gate, up = sides.chunk(2, -1)
-        d_gate.mul_(gate.clone().le_(limit))
-        d_up.mul_(up.abs().le_(limit))
+        d_gate.mul_(gate.clone().lt_(limit))  # numbers: booleans multiply slowly
+        d_up.mul_(up.abs().lt_(limit))
     return act, out
 
 

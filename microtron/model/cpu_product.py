@@ -19,6 +19,13 @@ def has_onednn() -> bool:
     return wide and torch.backends.mkldnn.is_available()
 
 
+def onednn_operators() -> set[object]:
+    """What `product` runs there, for checkpointing to know; empty where torch lacks it."""
+    name = "_linear_pointwise"
+    operators = torch.ops.mkldnn
+    return {getattr(operators, name).default} if hasattr(operators, name) else set()
+
+
 def _by_onednn(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # which chooses for itself
         return False
@@ -57,7 +64,8 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         dx = product(grad, weight) if need_x else None
-        dw = inner(grad, x) if need_weight else None
+        # As the weight lies: zero bubble's schedules make this the gradient without a look at it.
+        dw = inner(grad, x).contiguous() if need_weight else None
         return dx, dw, grad.sum(0) if ctx.biased else None
 
 

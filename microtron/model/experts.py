@@ -13,6 +13,7 @@ from microtron.model.args import ModelArgs
 from microtron.model.cpu_experts import cpu_experts
 from microtron.model.grouped import grouped_linear
 from microtron.model.mlp import swiglu
+from microtron.model.precision import compute_dtype
 
 
 class Experts(nn.Module):
@@ -23,16 +24,14 @@ class Experts(nn.Module):
         experts, dim, width = args.num_experts, args.dim, args.expert_dim
         self.alpha, self.limit = args.swiglu_alpha, args.swiglu_limit
         self.swiglu = swiglu  # [kernels] may put another body here
-        self.backend = args.experts_backend
-        if self.backend == "auto":  # grouped GEMMs want strides of 16 bytes
-            self.backend = "loop" if args.dim % 8 or args.expert_dim % 8 else "grouped_mm"
+        self.backend = "grouped_mm" if args.grouped_experts else "loop"
         self.gate_up = nn.Parameter(torch.empty(experts, dim, 2 * width))
         self.down = nn.Parameter(torch.empty(experts, width, dim))
         bias = args.mlp_bias
         self.gate_up_bias = nn.Parameter(torch.empty(experts, 2 * width)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(experts, dim)) if bias else None
 
-    def whole(self, x: torch.Tensor) -> bool:
+    def permutes(self, x: torch.Tensor) -> bool:
         """Whether forward also takes rows from tokens and adds them up by itself."""
         return self.backend == "grouped_mm" and x.device.type == "cpu"
 
@@ -45,15 +44,14 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """x [M, dim], the first counts[0] rows for expert 0 and so on; counts [E] -> [M, dim].
 
-        With ``index`` and ``scale`` [M] (where `whole`), x are tokens [N, dim]: see cpu_experts.
+        With ``index`` and ``scale`` [M] (see `permutes`) x are tokens [N, dim], as in cpu_experts.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(compute_dtype(x))
         weights = [
             w if w is None else w.to(x.dtype)
             for w in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
         ]
-        if self.whole(x):
+        if self.permutes(x):
             return cpu_experts(x, weights, counts, self.alpha, self.limit, index, scale)
         linear = grouped_linear
         if self.backend == "loop":

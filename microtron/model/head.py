@@ -14,6 +14,7 @@ from torch import nn
 
 from microtron.model.args import ModelArgs
 from microtron.model.cpu_product import inner, product
+from microtron.model.precision import compute_dtype
 
 IGNORE = -100  # torch's and TorchTitan's label for "not a target"
 
@@ -112,8 +113,6 @@ class Head(nn.Linear):
         z = self.z_loss if self.training else 0.0
         if self.fused_loss is not None:
             return self.fused_loss(h.flatten(0, 1), self.weight, labels.flatten(), self.softcap, z)
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         return _ChunkedLoss.apply(
             h.flatten(0, 1),
             self.weight,
@@ -121,7 +120,7 @@ class Head(nn.Linear):
             self.chunk,
             self.softcap,
             z,
-            dtype,
+            compute_dtype(h),
             torch.is_grad_enabled(),
             self.chunk_loss,
         )

@@ -12,6 +12,7 @@ from torch import nn
 from microtron.model.args import ModelArgs
 from microtron.model.experts import Experts
 from microtron.model.permute import by_expert, combine, take
+from microtron.model.precision import compute_dtype
 from microtron.model.router import Router, Routing
 
 
@@ -62,11 +63,9 @@ def dispatch(
     tokens: torch.Tensor, routing: Routing, experts: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """Each token through its experts and back: tokens [N, dim] -> [N, dim]."""
-    device = tokens.device.type
-    if torch.is_autocast_enabled(device):  # before there are k of each
-        tokens = tokens.to(torch.get_autocast_dtype(device))
+    tokens = tokens.to(compute_dtype(tokens))  # before there are k of each
     order, slots = by_expert(routing.experts)
-    if experts.whole(tokens):
+    if experts.permutes(tokens):
         weights = routing.weights.reshape(-1).index_select(0, order)
         return experts(tokens, routing.counts, order // slots.shape[1], weights)
     outputs = experts(take(tokens, order, slots), routing.counts)

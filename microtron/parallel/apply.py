@@ -23,6 +23,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 
 from microtron import accelerator
 from microtron.kernels import apply_kernels
+from microtron.model.cpu_product import onednn_operators
 from microtron.model.model import Transformer
 from microtron.parallel.dp import apply_dp, wrapped
 from microtron.parallel.ep import apply_experts
@@ -38,13 +39,13 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.microtron.attention.default,
     torch.ops.microtron.experts.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch._higher_order_ops.flex_attention,
     torch._higher_order_ops.inductor_compiled_code,
+    *onednn_operators(),
 }
 
 
@@ -61,7 +62,7 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
     if dims.cp_enabled:
         apply_ulysses(model, dims.get_mesh("cp").get_group())
     blocks_compiled = job.compile.enable and "model" in job.compile.components
-    if not splits_backward(dims, job):
+    if accelerator.DEVICE_TYPE == "cpu" or not splits_backward(dims, job):
         asked = dataclasses.asdict(job.kernels)
         apply_kernels(model, asked, accelerator.DEVICE_TYPE, blocks_compiled)
     if job.activation_checkpoint.mode != "none":
@@ -80,7 +81,9 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
 
 
 def splits_backward(dims: ParallelDims, job: JobConfig) -> bool:
-    """Whether the schedule runs a backward twice, which compiled and fused bodies do not bear."""
+    """Whether the schedule runs a backward twice, which compiled bodies and Liger's do not bear (a
+    CPU's do, and it has no others by itself: `check.py` refuses them).
+    """
     return dims.pp_enabled and job.parallelism.pipeline_parallel_schedule.endswith("ZeroBubble")
 
 

@@ -16,9 +16,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from microtron.model.experts import Experts
 from microtron.model.moe import MoE, dispatch
 from microtron.model.permute import by_expert, combine, take
+from microtron.model.precision import compute_dtype
 from microtron.model.router import Routing, count
 from microtron.parallel.collectives import all_gather, all_to_all, reduce_scatter
-from microtron.parallel.local import computing, distribute, with_local_parameters
+from microtron.parallel.local import distribute, with_local_parameters
 
 # Expert weights [E, in, out] over (ep, etp): whole experts over ep; over etp the width between the
 # two products. down_bias belongs to the sum, so each part of an expert adds its share of it.
@@ -38,7 +39,7 @@ class Exchange:
 
     def __call__(self, tokens: torch.Tensor, routing: Routing, experts: Experts) -> torch.Tensor:
         """Through the experts and back."""
-        tokens = computing(tokens)
+        tokens = tokens.to(compute_dtype(tokens))  # they travel in it
         if self.etp is not None:
             tokens, routing = self._gathered(tokens, routing)
         if self.ep is None:

@@ -266,11 +266,8 @@ def _tensor(layout: Layout, args: ModelArgs, job: JobConfig) -> str | None:
     told = _indivisible(layout, name, {"model.args.expert_dim": args.expert_dim})
     if told or getattr(layout, name) == 1:
         return told
-    grouped = args.experts_backend == "grouped_mm" or (
-        args.experts_backend == "auto" and args.dim % 8 == args.expert_dim % 8 == 0
-    )
     part = args.expert_dim // tp
-    if grouped and part % 8 and DEVICE_TYPE == "cuda":
+    if args.grouped_experts and part % 8 and DEVICE_TYPE == "cuda":
         return (
             f"{_told(layout, name)} leaves model.args.expert_dim / {tp} = {part} columns of an "
             "expert, and grouped_mm wants a multiple of 8: use model.args.experts_backend = 'loop'"

@@ -13,12 +13,6 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 
-def computing(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in the dtype that the product behind an exchange will use, so that it travels in it."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
 def distribute(module: nn.Module, name: str, mesh: DeviceMesh, placements: list[Placement]) -> None:
     """Replaces one parameter of a module by a DTensor; nothing is sent. None stays None."""
     parameter = getattr(module, name)

@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from microtron.model.model import Transformer
+from microtron.model.precision import compute_dtype
 from microtron.parallel.collectives import all_gather, reduce_scatter
 from microtron.parallel.ep import apply_experts
-from microtron.parallel.local import computing, distribute, own_positions, with_local_parameters
+from microtron.parallel.local import distribute, own_positions, with_local_parameters
 from microtron.parallel.loss import split_vocabulary
 
 # Parameter -> how it lies on the tp mesh; the first pattern that matches. Experts: see ep.py.
@@ -86,7 +87,8 @@ def _placement(name: str) -> Placement:
 
 def _gather_input(module: nn.Module, group: dist.ProcessGroup) -> None:
     def hook(module: nn.Module, args: tuple) -> tuple:
-        return all_gather(computing(args[0]), SEQUENCE, group), *args[1:]
+        x, *others = args
+        return all_gather(x.to(compute_dtype(x)), SEQUENCE, group), *others  # it travels in it
 
     module.register_forward_pre_hook(hook)
 

@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py: its formulas against counted bytes and FLOPs, its table, a tiny run."""
+"""benchmarks/kernel_speed.py: formulas against counted bytes and FLOPs, table, a tiny run."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def bench(monkeypatch):
     """The script as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("kernels")
+    return importlib.import_module("kernel_speed")
 
 
 @pytest.fixture

@@ -157,6 +157,7 @@ def test_tiny(bench, monkeypatch, tmp_path, tiny_corpus):
     assert result["compared"]["tokens"]["to"] == end["tokens"]
     assert result["ends"]["moe"]["val_loss"]["median"] == end["val_loss"]
     assert "dense_longer" in bench.table(result)
+    assert "moe: 0.003 is at the edge of the rates tried" in bench.table(result)  # of one
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
     pytest.importorskip("matplotlib")

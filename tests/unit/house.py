@@ -153,7 +153,8 @@ CALLS_AT_IMPORT = {
     "Rule",  # optim/groups.py: rows of its table
     "_optional_fields",  # config.py: [model.args] from ModelArgs
     "torch.library.custom_op",
-    "_forward.register_autograd",  # model/grouped.py: its operators
+    "_forward.register_autograd",  # model/cpu_attention.py, cpu_experts.py: their operators
+    "onednn_operators",  # parallel/apply.py: what this build of torch has
     "torch.no_grad",
     "torch.inference_mode",
     "dataclass",

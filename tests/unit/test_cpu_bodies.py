@@ -98,6 +98,15 @@ def test_linear_layer_with_a_frozen_side(library):
     torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(20, 12))
 
 
+@pytest.mark.parametrize("sizes", [(12, 20), (20, 12)])
+def test_gradients_lie_as_their_weights(library, sizes):
+    """Pipeline schedules that split the backward hand them to fused AdamW as they are."""
+    layer = Linear(*sizes)
+    weight = (layer.weight,)
+    (grad,) = torch.autograd.grad(layer(seeded(4, sizes[0])).square().sum(), weight)
+    assert grad.stride() == layer.weight.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm(dtype):
     x, weight = 3 * seeded(2, 5, 24).to(dtype), 1 + seeded(24, seed=1)

@@ -128,7 +128,7 @@ def test_suite(report, write):
     told = {"tests": {"passed": 900, "skipped": 100}, "total_s": 570.0}
     write("suite", {**told, "slowest_files_s": {"tests.slow": 61.2, "tests.quick": 5.0}})
     result, _ = only(report.suite)
-    assert result == "1,000 tests in 9.5 minutes; the longest file `tests.slow` 61 s"
+    assert result == ("900 passed, 100 skipped, in 9.5 minutes; the longest file `tests.slow` 61 s")
 
 
 def throughput():
@@ -195,7 +195,7 @@ def test_what_is_missing_or_older_is_left_out_and_told(report, write, capsys):
     assert [(script, result == report.NO_GPU) for _, result, script in found] == [
         ("train_step.py", False),
         ("throughput.py", True),
-        ("kernels.py", True),
+        ("kernel_speed.py", True),
         ("compile.py", True),
     ]
     told = capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_main_replaces_what_stands_between_the_marks(report, write, monkeypatch,
     marks = [f"{report.START} -->", report.END, "<!-- certified -->", "<!-- /certified -->"]
     readme.write_text("a\n{}\nold\n{}\nb\n{}\nold\n{}\nc\n".format(*marks))
     monkeypatch.setattr(report, "README", readme)
-    write("first_run", {"rows": []})
+    write("first_run", {"rows": []}, cores=2)
     names = ("tp2", "tp2, dense", "pp2", "cp2")
     verdicts = ("agrees", "agrees", "agrees", "differs")
     rows = [{"layout": n, "verdict": v} for n, v in zip(names, verdicts, strict=True)]
@@ -226,7 +226,7 @@ def test_main_replaces_what_stands_between_the_marks(report, write, monkeypatch,
     text = readme.read_text()
     assert text.startswith(f"a\n{marks[0]}\n| what | result |")
     assert "| 3 of 4 layouts agree" in text and "old" not in text
-    assert "On Some CPU (a shared 2-core virtual machine), torch 9.9, numpy 1.0.\n" in text
+    assert "On Some CPU, 2 cores; torch 9.9, numpy 1.0.\n" in text
     assert text.endswith(f"{marks[1]}\nb\n{marks[2]}\ntp2* · pp2\n{marks[3]}\nc\n")
 
 

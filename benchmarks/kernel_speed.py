@@ -1,7 +1,7 @@
 """Each kernel class of a training step against what this device can do at most.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels_cuda.json
-    python benchmarks/kernels.py --tiny --choices torch compile      # what [kernels] offers, small
+    python benchmarks/kernel_speed.py --out benchmarks/results/kernels_cuda.json
+    python benchmarks/kernel_speed.py --tiny --choices torch compile     # of [kernels], small
 
 The shapes are those of a TOML's micro-batch (default: gpt_oss_656m on CUDA, debug on a CPU);
 options of the run (--training.seq_len=..., --model.args.dim=...) may follow. For every class and
@@ -9,9 +9,10 @@ every body (`kernel_cases.py`): milliseconds forward, without gradients, and for
 peak memory; and the share of the floor, max(least bytes / copy, FLOPs / matmul) over the time. The
 ceilings, a large copy and a large matmul in the compute dtype, are measured here too.
 
-Bodies take turns. On CUDA a call is timed by events around it, after a write that empties the L2
-cache and lets the host run ahead: what is measured is the device, not the launches. Before that,
-every body's results and gradients are compared with the first one's (`error`, relative).
+Bodies take turns. On CUDA a call is timed by events around it, after writes that empty the L2 cache
+and keep the device busy for some milliseconds, in which the host runs ahead: what is measured is
+the device, not the launches, unless a body waits for it. Before that, every body's results and
+gradients are compared with the first one's (`error`, relative).
 
 `auto` in the JSON is what `microtron/kernels.py` shall have in its table; a test compares them.
 """
@@ -29,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from microtron.accelerator import DEVICE_TYPE  # noqa: E402
 
 import torch  # noqa: E402
-from common import BARE, facts, interleave, summary, write_json  # noqa: E402
+from common import BARE, facts, interleave, peak_bytes, reset_peak, summary, write_json  # noqa: E402
 from kernel_cases import Case, Shapes, cases  # noqa: E402
 
 from microtron.config import resolved_args  # noqa: E402
@@ -43,6 +44,7 @@ TINY += ["--model.args.dim=32", "--model.args.expert_dim=24", "--model.args.wind
 TINY += ["--model.args.vocab_size=512", "--model.args.n_heads=4", "--model.args.n_kv_heads=2"]
 TINY += ["--training.global_batch_size=-1"]
 L2_BYTES = 256 * 2**20  # more than any cache
+AHEAD_BYTES = 16 * 2**30  # written before a call: takes longer than to launch a body
 CLASS_OF = {"norm": "norm", "rope": "rope", "swiglu": "swiglu", "loss": "head + loss"}
 SLOWER = 0.95  # a body replaces plain torch when it takes less than this share of its time
 
@@ -60,7 +62,8 @@ def clocked(call: Callable[[], None], seconds: list[float]) -> Callable[[], None
 
     def run() -> None:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _larger_than_cache().zero_()
+        for _ in range(AHEAD_BYTES // L2_BYTES):
+            _larger_than_cache().zero_()
         begin.record()
         call()
         end.record()
@@ -105,25 +108,11 @@ def ceilings(dtype: torch.dtype, tiny: bool, repeats: int) -> dict[str, dict[str
     return rates
 
 
-def peak_bytes(call: Callable[[], None]) -> int | None:
-    """Memory that a call needs at most beyond what is held before it; None: cannot be seen."""
-    if DEVICE_TYPE == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    try:  # Linux resets a process's high-water mark of resident memory when it is told so
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        call()
-        return max(0, _resident("VmHWM") - before)
-    except OSError:
-        return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+def memory_of(call: Callable[[], None]) -> int | None:
+    """Bytes that a call needs at most beyond what is held before it; None: cannot be seen."""
+    before = reset_peak()
+    call()
+    return None if before is None else max(0, peak_bytes() - before)
 
 
 class Runner:
@@ -185,7 +174,7 @@ def measure(case: Case, at: Shapes, rates: dict, asked: list[str], repeats: int)
                 del found
             call = runner.both if case.backward else runner.forward
             rows[name]["first_s"] = time.perf_counter() - began
-            rows[name]["peak_bytes"] = peak_bytes(lambda c=call, b=body: c(b))
+            rows[name]["peak_bytes"] = memory_of(lambda c=call, b=body: c(b))
         except Exception as failure:  # a body that this device lacks is a row, not the end
             told = str(failure).strip().splitlines() or [""]
             rows[name] = {"failed": f"{type(failure).__name__}: {told[0]}"[:200]}
