@@ -30,7 +30,8 @@ from microtron.model.norms import rms_norm
 from microtron.model.rope import RotaryEmbedding, rotate_both
 
 # BlockMask's block, and FlexAttention's kernel options: what is tried besides the default. A mask's
-# block must be a multiple of every tile.
+# block must be a multiple of every tile, and of 128: for backward the compiler compares it with its
+# own tiles, whatever the options say (torch/_inductor/kernel/flex/flex_attention.py).
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
 BACKWARD_TILES = {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 FLEX = {
@@ -41,7 +42,7 @@ FLEX = {
     "flex, tiles of 64, 8 warps": (128, TILES | BACKWARD_TILES | {"num_warps": 8}),
     "flex, tiles of 128": (128, {"BLOCK_M": 128, "BLOCK_N": 128}),
     "flex, tiles of 128 x 32": (128, {"BLOCK_M": 128, "BLOCK_N": 32}),
-    "flex, blocks of 64": (64, TILES | BACKWARD_TILES),
+    "flex, blocks of 256": (256, {}),
     "flex, TMA": (128, {"USE_TMA": True}),
 }
 LARGEST_SCORES = 16 * 2**30  # bytes in fp32, beyond which eager attention is left out

@@ -2,25 +2,22 @@
 
 Shuffled uint16 windows of a shard that was just written (so it is cached), one loader per row of
 the table, no training beside it. "thread" is the loader as training uses it (prefetch 2); "inline"
-is the same work without the thread. Each number is the best of ``--repeats`` timings of
-``--seconds`` after a warm-up, since a busy machine only slows a run down; the JSON keeps them all.
+is the same work without the thread. Each number is the median of ``--repeats`` timings of
+``--seconds`` after a warm-up; the JSON keeps them all.
 
     python benchmarks/loader.py --out benchmarks/results/loader.json
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
-import torch
+from common import facts, write_json
 
-import microtron
 from microtron.data.loader import TokenLoader
 from microtron.data.shards import DatasetInfo, ShardInfo, ShardWriter, TokenizerInfo
 
@@ -60,6 +57,7 @@ def measure(loader: TokenLoader, seconds: float, repeats: int) -> list[float]:
 
 
 def main() -> None:
+    """Measures every loader, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--seconds", type=float, default=0.5)
@@ -98,38 +96,12 @@ def main() -> None:
                     rows.append(row)
                     print(
                         f"{seq_len:8} {batch_size:6} {'yes' if positions else 'no':>10} "
-                        f"{max(row['thread']) / 1e6:10.0f} {max(row['inline']) / 1e6:10.0f}"
+                        f"{median(row['thread']) / 1e6:10.0f} {median(row['inline']) / 1e6:10.0f}"
                     )
     if args.out:
-        args.out.write_text(
-            json.dumps(
-                {
-                    "unit": "tokens per second and process",
-                    "rows": rows,
-                    "verify_s": verify_s,
-                    "tokens": args.tokens,
-                    "dtype": "uint16",
-                    "document_tokens": DOCUMENT_TOKENS,
-                    "microtron": microtron.__version__,
-                    "torch": torch.__version__,
-                    "numpy": np.__version__,
-                    "python": platform.python_version(),
-                    "platform": platform.platform(),
-                    "processor": _processor(),
-                    "cores": os.cpu_count(),
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        told = {"unit": "tokens per second and process", "rows": rows, "verify_s": verify_s}
+        told |= {"tokens": args.tokens, "dtype": "uint16", "document_tokens": DOCUMENT_TOKENS}
+        write_json(args.out, told | facts())
 
 
 if __name__ == "__main__":

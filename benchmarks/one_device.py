@@ -55,6 +55,19 @@ def run_variant(toml: str, options: list[str], steps: int, wrap: bool) -> dict[s
     return result | {"flops_per_s": flops, "mfu": flops / ceiling}
 
 
+def table(rows: dict[str, dict[str, object]]) -> str:
+    """A line a variant."""
+    lines = [f"{'':16} {'tokens/s':>10} {'MFU':>6} {'peak GiB':>9} {'first step s':>13}"]
+    for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"{name:16} {row['failed']}")
+            continue
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+        speed = f"{row['tokens_per_s']:10,.0f} {row['mfu']:6.1%}"
+        lines.append(f"{name:16} {speed} {peak:>9} {row['first_step_s']:13.1f}")
+    return "\n".join(lines)
+
+
 def estimated(toml: str) -> dict[str, object]:
     """What `microtron estimate` says of the recipe on one rank."""
     with tempfile.TemporaryDirectory() as folder:
@@ -88,9 +101,10 @@ def main() -> None:
         command = [sys.executable, __file__, given.toml, "--steps", str(given.steps), *options]
         done = subprocess.run([*command, "--variant", variant], capture_output=True, text=True)
         rows[variant] = told_by(done)
-        print(variant, json.dumps(rows[variant]), flush=True)
+        print(f"{variant}: {rows[variant].get('failed', 'done')}", flush=True)
     results = {**facts(), "toml": given.toml, "options": options, "variants": rows}
     results["estimate"] = estimated(given.toml)
+    print(table(rows))
     if given.out:
         write_json(given.out, results)
 

@@ -128,11 +128,14 @@ def train_steps() -> Iterator[Row]:
         for dtype, short in DTYPES.items():
             if (RESULTS / f"train_step_{shape}_{dtype}.json").is_file():
                 result, found = load(f"train_step_{shape}_{dtype}"), True
-                speed = result["tokens_per_s"]
+                speed, by_weights = result["tokens_per_s"], result["by_weights"]
+                alike = f"; both with fp32 weights {by_weights['fp32']['ratio']:.2f}"
                 yield (
                     f"training step, `{shape}` shape, {short}, {threads(result)}",
-                    f"{spread(speed['microtron'])} tokens/s, {result['ratio']:.2f} times "
-                    f"{result['peer']} ({speed[result['peer']]['median']:,.0f})",
+                    f"{spread(speed[result['ours']])} tokens/s, {result['ratio']:.2f} times "
+                    f"{result['peer']} ({speed[result['peer']]['median']:,.0f})"
+                    + alike
+                    * (len(by_weights) > 1),
                     "train_step.py",
                 )
     if not found:
@@ -177,14 +180,19 @@ def generation() -> Iterator[Row]:
 def loader() -> Iterator[Row]:
     """Tokens a second from page cache."""
     rows = load("loader")["rows"]
-    speed = max(max(r["thread"]) for r in rows if r["seq_len"] == 1024 and not r["positions"])
+    rows = [r for r in rows if r["seq_len"] == 1024 and not r["positions"]]
+    speed = max(statistics.median(r["thread"]) for r in rows)  # of all batch sizes
     yield ("loader, sequences of 1024", f"up to {speed / 1e6:.0f}M tokens/s a process", "loader.py")
 
 
 def tokenizing() -> Iterator[Row]:
     """Megabytes a second."""
     rows = load("tokenizing")["rows"]
-    speed = {r["tokenizer"]: r["mb_per_s"] for r in rows if r["what"] == "tokenize"}
+    speed = {
+        r["tokenizer"]: r["bytes"] / 1e6 / statistics.median(r["cpu_s"])
+        for r in rows
+        if r["what"] == "tokenize" and "cpu_s" in r
+    }
     speeds = ", ".join(f"{name} {speed[name]:,.0f}" for name in ("byte", "char", "bpe", "gpt2"))
     yield "tokenizing, MB/s a core", speeds, "tokenizing.py"
 

@@ -4,7 +4,7 @@
 busy machine does not count). "prepare" is the whole command by wall clock, reading, hashing and
 writing included, with one process and, where the source is large enough for more, one a core. "bpe"
 is trained here by `microtron train-bpe` and run by tiktoken; "bpe (json)" is the same vocabulary by
-the `tokenizers` library. Each figure is the best of ``--repeats``; the JSON keeps them all. (Not
+the `tokenizers` library. Each figure is the median of ``--repeats``; the JSON keeps them all. (Not
 named tokenize.py: that would shadow the standard library's module for every script beside it.)
 
     python benchmarks/tokenizing.py --out benchmarks/results/tokenizing.json
@@ -13,23 +13,23 @@ named tokenize.py: that would shadow the standard library's module for every scr
 import argparse
 import contextlib
 import io
-import json
 import os
-import platform
 import shutil
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
-import microtron
+from common import facts, write_json
+
 from microtron.data.prepare import POOL_BYTES, prepare
 from microtron.data.sources import documents
 from microtron.data.tokenizers import CharTokenizer, load_tokenizer
 from microtron.data.train_bpe import train_bpe
 from microtron.errors import UserError
 
-PACKAGES = ("numpy", "tiktoken", "tokenizers")
+PACKAGES = ("tiktoken", "tokenizers")
 
 
 def measure(encode, texts, repeats):
@@ -76,6 +76,7 @@ def run_prepare(folder, source, tokenizer, workers, repeats):
 
 
 def main():
+    """Measures every tokenizer, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="stdlib", help="as of `microtron prepare`")
     parser.add_argument("--max-bytes", type=int, default=4_000_000, help="of text to tokenize")
@@ -101,7 +102,7 @@ def main():
                 continue
             seconds = measure(made.encode_array, texts, options.repeats)
             tokens = sum(made.encode_array(text).size for text in texts)
-            rate = size / 1e6 / min(seconds)
+            rate = size / 1e6 / median(seconds)
             print(f"{label:16} {made.vocab_size:10,} {size / tokens:12.2f} {rate:14.1f}")
             rows.append(
                 {
@@ -118,7 +119,7 @@ def main():
         for label, spec in (("byte", "byte"), ("bpe", str(folder / "bpe"))):
             for workers in sorted({1, os.cpu_count() or 1}):
                 total, seconds = run_prepare(folder, options.source, spec, workers, options.repeats)
-                rate = total / 1e6 / min(seconds)
+                rate = total / 1e6 / median(seconds)
                 print(f"{label:16} {workers:10} {total / 1e6:12.1f} {rate:14.1f}")
                 rows.append(
                     {
@@ -133,30 +134,9 @@ def main():
                 if total < 2 * POOL_BYTES:
                     break  # prepare takes one process for so little
     if options.out:
-        result = {
-            "source": options.source,
-            "repeats": options.repeats,
-            "rows": rows,
-            "machine": {
-                "platform": platform.platform(),
-                "cpus": os.cpu_count(),
-                "processor": processor(),
-                "python": platform.python_version(),
-            },
-            "versions": {"microtron": microtron.__version__}
-            | {package: version(package) for package in PACKAGES},
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor():
-    """The CPU's name where Linux tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+        result = {"source": options.source, "repeats": options.repeats, "rows": rows, **facts()}
+        result["versions"] |= {package: version(package) for package in PACKAGES}
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

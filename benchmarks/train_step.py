@@ -5,10 +5,11 @@
 
 Both sides run forward, backward, clipping and a fused AdamW step in one process, taking turns. The
 peer gets its best: the implementations of its experts that are made for more than a few tokens, the
-fastest counts.
+fastest counts. In bf16 both train twice: fp32 weights under autocast, and weights of bf16.
 """
 
 import argparse
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from microtron.kernels import apply_kernels  # noqa: E402
 from microtron.model.args import ModelArgs  # noqa: E402
 from microtron.model.model import Transformer  # noqa: E402
 
+BF16 = torch.bfloat16
 SHAPES = {  # ModelArgs fields, batch, sequence
     "tiny": (
         {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32}
@@ -101,7 +103,9 @@ def peer(ours: Transformer, seq_len: int) -> GptOssForCausalLM:
 def stepper(
     model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], dtype: torch.dtype
 ) -> Callable[[], float]:
-    """One training step as a function, which returns its loss."""
+    """One training step, under autocast if ``dtype`` is not fp32, as a function that returns its
+    loss.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     model.train()
 
@@ -115,6 +119,72 @@ def stepper(
         return loss.item()
 
     return step
+
+
+def peers(
+    ours: Transformer, tokens: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> dict[str, Callable[[], float]]:
+    """Name -> a step of transformers' model with our weights."""
+    found = {}
+    for weights in dict.fromkeys((torch.float32, dtype)):
+        for implementation in ("eager", "grouped_mm"):  # batched_mm copies weights for each token
+            theirs = peer(ours, tokens.shape[1])
+            theirs.set_experts_implementation(implementation)
+            kind = implementation + ", bf16 weights" * (weights == BF16)
+            found[f"transformers ({kind})"] = stepper(
+                hold(theirs, weights),
+                lambda m=theirs: F.cross_entropy(
+                    m(input_ids=tokens).logits.float().flatten(0, 1), labels.flatten()
+                ),
+                torch.float32 if weights == BF16 else dtype,  # bf16 weights need no autocast
+            )
+    return found
+
+
+def hold(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """``model`` with weights of ``dtype``; what is no parameter (RoPE's frequencies) stays fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def own(
+    model: Transformer,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> dict[str, Callable[[], float]]:
+    """Name -> a step of ours; ``model`` is the one with fp32 weights."""
+    held = hold(copy.deepcopy(model), BF16) if dtype == BF16 else None
+
+    def stepping(model: Transformer, under: torch.dtype) -> Callable[[], float]:
+        for block in model.layers.values() if compiled else ():
+            block.compile(fullgraph=True)
+        return stepper(model, lambda: model(tokens, labels=labels) / labels.numel(), under)
+
+    found = {"microtron": stepping(model, dtype)}
+    if held is not None:
+        found["microtron (bf16 weights)"] = stepping(held, torch.float32)
+    return found
+
+
+def compared(rows: dict[str, dict[str, float]]) -> dict[str, object]:
+    """Our fastest and theirs, and the ratio of their medians; ``by_weights``: of those that hold
+    the same weights.
+    """
+
+    def best(names: list[str]) -> dict[str, object]:
+        ours, theirs = (
+            max((n for n in names if n.startswith(who)), key=lambda n: rows[n]["median"])
+            for who in ("microtron", "transformers")
+        )
+        ratio = rows[ours]["median"] / rows[theirs]["median"]
+        return {"ours": ours, "peer": theirs, "ratio": ratio}
+
+    bf16 = [name for name in rows if "bf16 weights" in name]
+    kinds = {"fp32": [name for name in rows if name not in bf16]} | ({"bf16": bf16} if bf16 else {})
+    return {**best(list(rows)), "by_weights": {k: best(names) for k, names in kinds.items()}}
 
 
 def main() -> None:
@@ -136,36 +206,23 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(fields["vocab_size"], (batch, seq_len + 1), generator=generator)
     tokens, labels = data[:, :-1], data[:, 1:]
-    if asked.compile:
-        for block in ours.layers.values():
-            block.compile(fullgraph=True)
-    steps = {
-        "microtron": stepper(ours, lambda: ours(tokens, labels=labels) / labels.numel(), dtype)
-    }
-    for implementation in ("eager", "grouped_mm"):  # batched_mm copies weights for each token
-        theirs = peer(ours, seq_len)
-        theirs.set_experts_implementation(implementation)
-        steps[f"transformers ({implementation})"] = stepper(
-            theirs,
-            lambda m=theirs: F.cross_entropy(
-                m(input_ids=tokens).logits.float().flatten(0, 1), labels.flatten()
-            ),
-            dtype,
-        )
+    steps = own(ours, tokens, labels, dtype, asked.compile) | peers(ours, tokens, labels, dtype)
     first = {name: step() for name, step in steps.items()}
     spread = max(first.values()) - min(first.values())
     assert spread < (1e-4 if dtype == torch.float32 else 2e-2), first  # else it compares nothing
     seconds = interleave(steps, asked.repeats)
     rows = {n: summary([labels.numel() / s for s in values]) for n, values in seconds.items()}
-    best = max((n for n in rows if n != "microtron"), key=lambda n: rows[n]["median"])
-    ratio = rows["microtron"]["median"] / rows[best]["median"]
+    found = compared(rows)
     for name, row in rows.items():
-        print(f"{name:28} {row['median']:8,.0f} tokens/s [{row['min']:,.0f} .. {row['max']:,.0f}]")
-    print(f"{asked.shape} {asked.dtype}: {ratio:.2f}x {best}; first losses agree to {spread:.1e}")
+        print(f"{name:40} {row['median']:8,.0f} tokens/s [{row['min']:,.0f} .. {row['max']:,.0f}]")
+    told = f"{found['ours']} {found['ratio']:.2f}x {found['peer']}"
+    print(f"{asked.shape} {asked.dtype}: {told}; first losses agree to {spread:.1e}")
+    for weights, pair in found["by_weights"].items():
+        print(f"both with {weights} weights: {pair['ratio']:.2f}x {pair['peer']}")
     if asked.out:
         result = {"shape": asked.shape, "fields": fields, "batch": batch, "seq_len": seq_len}
         result |= {"dtype": asked.dtype, "compile": asked.compile, "tokens_per_s": rows}
-        write_json(asked.out, {**result, "peer": best, "ratio": ratio, **facts()})
+        write_json(asked.out, {**result, **found, **facts()})
 
 
 if __name__ == "__main__":

@@ -102,8 +102,10 @@ class LateModule(types.ModuleType):
         return importlib.import_module(self.__name__)
 
 
-def compile_late(function: Callable, **options: object) -> Callable:
+def compile_late(function: Callable | None = None, **options: object) -> Callable:
     """`torch.compile` at the first call: the compiler takes a second to import."""
+    if function is None:  # a decorator with options alone
+        return functools.partial(compile_late, **options)
 
     @functools.cache
     def made() -> Callable:

@@ -296,20 +296,15 @@ def _check_kernels(job: JobConfig, require: Callable[[bool, str, str], None]) ->
     """Bodies that this model, layout or machine does not have (`kernels.py`)."""
     args = resolved_args(job)
     for kernel, choice in dataclasses.asdict(job.kernels).items():
-        reasons = []
-        if choice == "cpu":
-            reasons.append((DEVICE_TYPE != "cpu", "its bodies are for a CPU; use auto or torch"))
-        elif choice not in ("auto", "torch"):
-            reasons += _no_body(kernel, args, job)
-        if choice == "liger":
-            reasons += _no_liger(kernel, args, job)
-        for wrong, remedy in reasons:
+        if choice in ("auto", "torch"):
+            continue
+        mine = {"cpu": _no_cpu, "compile": _no_compiled, "liger": _no_liger}[choice]
+        for wrong, remedy in (*_no_body(kernel, args, job), *mine(kernel, args, job)):
             require(not wrong, f"kernels.{kernel}", remedy)
 
 
 def _no_body(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
     """(whether it holds, why there is nothing but torch and what to do)."""
-    mesh, schedule = job.parallelism, job.parallelism.pipeline_parallel_schedule
     own = {
         "rope": (
             args.positions == "learned",
@@ -317,41 +312,62 @@ def _no_body(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, s
         ),
         "swiglu": (args.activation == "gelu", "model.args.activation = gelu; leave it out"),
         "loss": (
-            mesh.tensor_parallel_degree > 1,
+            job.parallelism.tensor_parallel_degree > 1,
             "under tensor parallelism the loss is computed on shards, by torch; leave it out",
         ),
     }
     return [
         own.get(kernel, (False, "")),
         (
-            kernel == "swiglu" and args.moe and DEVICE_TYPE == "cpu" and _grouped(args),
+            kernel == "swiglu" and args.moe and DEVICE_TYPE == "cpu" and args.grouped_experts,
             "on a CPU experts are one operator, SwiGLU within; leave it out",
-        ),
-        (
-            mesh.pipeline_parallel_degree > 1 and schedule.endswith("ZeroBubble"),
-            f"{schedule} splits the backward; use torch, or another schedule",
         ),
     ]
 
 
-def _grouped(args: ModelArgs) -> bool:
-    return args.experts_backend != "loop" and args.dim % 8 == args.expert_dim % 8 == 0
+def _no_cpu(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
+    """Likewise, for the bodies by hand."""
+    own = {
+        "norm": (args.norm == "layer", "by hand there is RMSNorm, not LayerNorm; leave it out"),
+        "swiglu": (args.activation == "swiglu", "by hand there is the clamped one; leave it out"),
+    }
+    return [
+        (DEVICE_TYPE != "cpu", "its bodies are for a CPU; use auto or torch"),
+        own.get(kernel, (False, "")),
+        _in_compiled_blocks(kernel, job),
+    ]
+
+
+def _no_compiled(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
+    """Likewise, for compiled ones."""
+    schedule = job.parallelism.pipeline_parallel_schedule
+    pipelined = job.parallelism.pipeline_parallel_degree > 1
+    return [
+        (
+            pipelined and schedule.endswith("ZeroBubble"),
+            f"{schedule} splits the backward; use torch, or another schedule",
+        )
+    ]
+
+
+def _in_compiled_blocks(kernel: str, job: JobConfig) -> tuple[bool, str]:
+    return (
+        kernel != "loss" and job.compile.enable and "model" in job.compile.components,
+        "compile.enable = true fuses it with what is around it; leave one of the two out",
+    )
 
 
 def _no_liger(kernel: str, args: ModelArgs, job: JobConfig) -> list[tuple[bool, str]]:
-    """Likewise, for Liger."""
+    """Likewise, for Liger's."""
     own = {
         "norm": (args.norm == "layer", "Liger's is RMSNorm, not LayerNorm; use compile"),
         "swiglu": (args.activation != "swiglu", "Liger's has no clamps; use compile"),
     }
-    blocks = job.compile.enable and "model" in job.compile.components
     return [
         (DEVICE_TYPE != "cuda", "Liger's kernels need CUDA; use torch or compile"),
         own.get(kernel, (False, "")),
-        (
-            blocks and kernel != "loss",
-            "compile.enable = true fuses it with what is around it; leave one of the two out",
-        ),
+        _in_compiled_blocks(kernel, job),
+        *_no_compiled(kernel, args, job),
         (
             importlib.util.find_spec("liger_kernel") is None,
             "liger-kernel is not installed: pip install 'microtron[liger]'",

@@ -152,14 +152,16 @@ class Kernels:
     """
 
     norm: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
-    """RMSNorm and LayerNorm: plain torch, by hand for a CPU, compiled by itself, or Liger's kernel
-    (CUDA, RMSNorm). auto: the fastest measured."""
+    """RMSNorm and LayerNorm: plain torch, or compiled by itself; RMSNorm also by hand for a CPU, or
+    by Liger's kernel (CUDA). auto: the fastest measured."""
     rope: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
     """Rotation of queries and keys."""
     swiglu: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
-    """Between the products of a feed-forward. liger: only for model.args.activation = swiglu."""
+    """Between the products of a feed-forward. cpu: only for model.args.activation = clamped_swiglu;
+    liger: only for swiglu."""
     loss: Literal["auto", "torch", "cpu", "compile", "liger"] = "auto"
-    """Head and cross-entropy: in chunks, these compiled, or Liger's fused kernel (CUDA)."""
+    """Head and cross-entropy: in chunks, these by hand for a CPU or compiled, or Liger's fused
+    kernel (CUDA)."""
 
 
 @dataclass

@@ -4,7 +4,7 @@
 * ``cpu``: `model/cpu_pointwise.py`, few passes over memory, for a CPU.
 * ``compile``: the same function, compiled by itself. Where whole blocks are compiled
   (``compile.enable``) that happens anyway, and this choice is left for what lies outside of them:
-  the last norm and the loss.
+  the last norm, the loss, and with expert parallel the experts.
 * ``liger``: Triton kernels of Liger-Kernel (arXiv:2410.10989), CUDA only.
 * ``auto``: the fastest that was measured (`AUTO`).
 
@@ -62,7 +62,11 @@ def settle(asked: Mapping[str, str], device_type: str) -> dict[str, str]:
 
 
 def apply_kernels(
-    model: nn.Module, asked: Mapping[str, str], device_type: str, blocks_compiled: bool = False
+    model: nn.Module,
+    asked: Mapping[str, str],
+    device_type: str,
+    blocks_compiled: bool = False,
+    experts_apart: bool = False,
 ) -> None:
     """Gives every module of ``model`` the body that was asked for.
 
@@ -70,10 +74,13 @@ def apply_kernels(
         model: a Transformer or a stage of one; tensor parallel must have been applied, since a head
             that holds a part of the vocabulary keeps its own loss.
         asked: kernel -> auto, torch, cpu, compile or liger.
-        blocks_compiled: ``model.layers`` will be compiled whole.
+        blocks_compiled: ``model.layers`` will be compiled whole,
+        experts_apart: but for their experts.
     """
     chosen = settle(asked, device_type)
     inside = {id(m) for m in model.layers.modules()} if blocks_compiled else set()
+    if experts_apart:
+        inside -= {id(m) for m in model.layers.modules() if isinstance(m, Experts)}
     for module in model.modules():
         for kernel, attribute in _sites(module):
             choice = chosen[kernel]

@@ -42,6 +42,14 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+def product_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out = a @ b`` likewise, in the dtype of ``out`` [M, N]."""
+    if _by_onednn(a) or out.dtype != a.dtype:
+        out.copy_(product(a, b))
+    else:
+        torch.mm(a, b, out=out)
+
+
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a.t() @ b`` without gradient: a [N, M], b [N, K] -> [M, K]."""
     if _by_onednn(a) and b.shape[1] < a.shape[1]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from microtron.model.args import ModelArgs
-from microtron.model.cpu_product import inner, product
+from microtron.model.cpu_product import inner, product, product_into
 from microtron.model.precision import compute_dtype
 
 IGNORE = -100  # torch's and TorchTitan's label for "not a target"
@@ -56,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
             loss += value
             if need:
                 dlogits = dlogits.to(dtype)
-                dh[part] = product(dlogits, w)
+                product_into(dh[part], dlogits, w)
                 dw += inner(dlogits, x)
         if need:
             ctx.save_for_backward(dh, dw.to(weight.dtype))

@@ -63,8 +63,13 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
         apply_ulysses(model, dims.get_mesh("cp").get_group())
     blocks_compiled = job.compile.enable and "model" in job.compile.components
     if accelerator.DEVICE_TYPE == "cpu" or not splits_backward(dims, job):
-        asked = dataclasses.asdict(job.kernels)
-        apply_kernels(model, asked, accelerator.DEVICE_TYPE, blocks_compiled)
+        apply_kernels(
+            model,
+            dataclasses.asdict(job.kernels),
+            accelerator.DEVICE_TYPE,
+            blocks_compiled,
+            experts_apart=dims.ep_enabled,
+        )
     if job.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -81,8 +86,9 @@ def parallelize(model: Transformer, dims: ParallelDims, job: JobConfig) -> Trans
 
 
 def splits_backward(dims: ParallelDims, job: JobConfig) -> bool:
-    """Whether the schedule runs a backward twice, which compiled bodies and Liger's do not bear (a
-    CPU's do, and it has no others by itself: `check.py` refuses them).
+    """Whether the schedule runs a backward twice, which compiled bodies and Liger's do not bear.
+
+    A CPU's do, and `check.py` refuses others there.
     """
     return dims.pp_enabled and job.parallelism.pipeline_parallel_schedule.endswith("ZeroBubble")
 

@@ -50,7 +50,7 @@ def recomputed_bytes(plan: Plan, position: int, layer: int) -> int:
     """
     mode, args = mode_of(plan, position), plan.args
     gradients = 0
-    if not args.moe and plan.kind == "cpu" and args.activation == "clamped_swiglu":
+    if not args.moe and _swiglu_by_hand(plan):
         gradients = 3 * plan.width * plan.tokens * args.hidden_dim // plan.layout.tp
     if mode == "none":
         return gradients
@@ -101,7 +101,13 @@ def _hidden(plan: Plan) -> int:
 def _norm_input(plan: Plan) -> int:
     """RMSNorm: x in fp32 and 1/rms. LayerNorm: the mean too."""
     layer = plan.args.norm == "layer"
-    return FP32 * plan.own_tokens * (plan.args.dim + 1 + layer)
+    copies = 1 if layer else _norm_copies(plan)
+    return FP32 * plan.own_tokens * (copies * plan.args.dim + 1 + layer)
+
+
+def _norm_copies(plan: Plan) -> int:
+    """x, and x/rms where nothing fuses them: torch's RMSNorm on a CPU."""
+    return 1 if plan.kind == "cuda" or "norm" in plan.by_hand else 2
 
 
 def _product_input(plan: Plan) -> int:
@@ -117,7 +123,7 @@ def attention_bytes(plan: Plan, layer: int) -> int:
     total = _norm_input(plan) + _product_input(plan)
     if args.qk_norm:  # as above, on heads
         vectors = n * (heads + args.n_kv_heads // plan.layout.tp)
-        total += FP32 * vectors * (args.head_dim + 1)
+        total += FP32 * vectors * (_norm_copies(plan) * args.head_dim + 1)
     total += _core_bytes(plan, layer)
     if plan.layout.cp > 1:
         if args.positions == "rope":  # v lies in one tensor with q and k, as they came
@@ -174,8 +180,18 @@ _WIDTHS = {"clamped_swiglu": 7, "swiglu": 4, "gelu": 2}
 
 def _widths(plan: Plan) -> int:
     """The above; by hand (`cpu_pointwise.py`) gate, up and the product are enough."""
+    return 3 if _swiglu_by_hand(plan) else _WIDTHS[plan.args.activation]
+
+
+def _swiglu_by_hand(plan: Plan) -> bool:
     clamped = plan.args.activation == "clamped_swiglu"
-    return 3 if clamped and plan.kind == "cpu" else _WIDTHS[plan.args.activation]
+    in_graph = plan.compiled and plan.layout.ep == 1
+    return clamped and "swiglu" in plan.by_hand and not in_graph
+
+
+def _by_operator(plan: Plan) -> bool:
+    """Whether experts are the operator of `cpu_experts.py`."""
+    return plan.kind == "cpu" and plan.args.grouped_experts
 
 
 def _inward(plan: Plan) -> int:
@@ -200,7 +216,7 @@ def moe_bytes(plan: Plan) -> int:
     total = _norm_input(plan) + FP32 * plan.own_tokens * args.dim  # the router's input
     total += plan.own_tokens * (2 * FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
     total += 2 * INT64 * rows  # order, slots
-    operator = plan.kind == "cpu" and args.experts_backend != "loop"
+    operator = _by_operator(plan)
     if operator and plan.layout.ep == 1:  # it takes rows from tokens by itself, and adds them up
         shared = e == FP32 and plan.expert_split == 1  # with the router
         total += 0 if shared else e * tokens * args.dim
@@ -246,7 +262,7 @@ def selective_bytes(plan: Plan, layer: int) -> int:
         return total + (scattered if tp > 1 else 0)
     tokens, rows = expert_rows(plan)
     total += FP32 * own * args.num_experts
-    made = tokens if plan.kind == "cpu" and plan.layout.ep == 1 else rows
+    made = tokens if _by_operator(plan) and plan.layout.ep == 1 else rows
     total += e * (rows * 2 * args.expert_dim // plan.expert_split + made * args.dim)
     total += scattered if plan.expert_split > 1 else 0
     if plan.layout.ep > 1:
@@ -269,7 +285,7 @@ def compiled_bytes(plan: Plan, layer: int) -> int:
     tokens, rows = expert_rows(plan)
     total += FP32 * own  # the router's input
     total += plan.own_tokens * (FP32 * args.num_experts + (FP32 + INT64) * args.top_k)
-    if plan.kind == "cpu" and args.experts_backend != "loop" and plan.layout.ep == 1:
+    if _by_operator(plan) and plan.layout.ep == 1:
         width = args.expert_dim // plan.expert_split
         return total + 2 * INT64 * rows + FP32 * rows + 2 * e * rows * width
     # gate and up, and the product; with expert parallel the experts are not in the graph

@@ -5,13 +5,14 @@ here needs a device or another process.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from microtron.accelerator import DEVICE_TYPE
 
 from torchtitan.config import JobConfig
 
 from microtron.config import resolved_args
+from microtron.kernels import settle
 from microtron.model.args import ModelArgs
 from microtron.parallel.layout import Layout, check_layout
 from microtron.parallel.pp import stages_of
@@ -53,6 +54,7 @@ class Plan:
         passes: how often that is repeated before the optimizer steps (gradient accumulation).
         checkpointing: none, selective or full; ``option`` and ``early_stop`` as
             TorchTitan's options for it.
+        by_hand: the functions of [kernels] that run as written for a CPU.
         reshard: default, always or never, as fsdp_reshard_after_forward.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     reshard: str
     compiled: bool
     documents: bool
+    by_hand: frozenset[str]
 
     @property
     def tokens(self) -> int:
@@ -185,4 +188,7 @@ def plan_of(job: JobConfig, world_size: int, kind: str = DEVICE_TYPE) -> Plan:
         reshard=p.fsdp_reshard_after_forward,
         compiled=job.compile.enable,
         documents=job.data.document_mask,
+        by_hand=frozenset(
+            kernel for kernel, body in settle(asdict(job.kernels), kind).items() if body == "cpu"
+        ),
     )

@@ -85,6 +85,17 @@ def test_the_dense_twin_is_the_flavors():
     assert resolved_args(work.parsed(dense_options(work))) == flavor("gpt_oss_656m_dense")
 
 
+@on_cpu
+def test_liger_computes_the_loss_alone():
+    from throughput import RUNGS, liger_options, run_here, rung_options
+
+    work = small_work()
+    (added,) = set(liger_options(work)) - set(rung_options(work, len(RUNGS)))
+    assert added == "--kernels.loss=liger"
+    told = run_here("microtron, loss by Liger", work, None)["failed"]  # it needs a GPU
+    assert told.startswith("UserError: kernels.loss = 'liger'")
+
+
 def test_work_is_whole_sequences_and_batches():
     with pytest.raises(UserError, match="--micro-tokens 65"):
         small_work(micro_tokens=65)

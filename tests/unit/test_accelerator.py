@@ -1,5 +1,9 @@
 """The device that TorchTitan sees, and the choice of threads."""
 
+import importlib
+import inspect
+import sys
+
 import pytest
 import torch
 
@@ -31,6 +35,28 @@ def test_compiled_at_the_first_call(monkeypatch):
     late = accelerator.compile_late(abs, mode="max-autotune")
     assert asked == [] and late.__name__ == "abs"
     assert (late(-3), late(-5)) == (4, 6) and asked == [{"mode": "max-autotune"}]
+    assert accelerator.compile_late(dynamic=True)(abs)(-3) == 4 and asked[1:] == [{"dynamic": True}]
+
+
+def test_a_late_module_is_imported_when_it_is_needed(monkeypatch, tmp_path):
+    """Once, by a call or by any other name; `import` alone, and what looks at all modules, are no
+    need.
+    """
+    (tmp_path / "put_off.py").write_text("FIXED = 7\ndef build_sum(a, *, b): return a + b\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for ask in (lambda m: m.build_sum(3, b=4), lambda m: m.FIXED):
+        late = accelerator.LateModule("put_off")
+        monkeypatch.setitem(sys.modules, "put_off", late)
+        import put_off
+        from put_off import build_sum
+
+        assert put_off is late and not hasattr(late, "__file__")
+        assert inspect.getmodule(compile("0", "nowhere", "eval")) is None
+        assert sys.modules["put_off"] is late
+        assert ask(late) == build_sum(3, b=4) == 7
+        assert sys.modules["put_off"] is importlib.import_module("put_off") is not late
+        with pytest.raises(AttributeError):
+            late.missing  # noqa: B018
 
 
 def test_memory_is_the_process_s_own():

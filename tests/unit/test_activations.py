@@ -1,7 +1,7 @@
 """What a forward keeps, by formula, against real forwards: on a CPU, and as CUDA would run it."""
 
 import contextlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from microtron.accelerator import DEVICE_TYPE  # noqa: F401  (before torchtitan)
 
@@ -27,22 +27,22 @@ def job_of(*options, ranks=1):
     return parse([*TINY, "--parallelism.data_parallel_shard_degree=1", layout, *options])
 
 
-def build(job, args, device="cpu", kernels=None):
-    """The model, checkpointed as the job says, with a CPU's own bodies or those of ``kernels``."""
+def build(job, args, device="cpu"):
+    """The model, checkpointed and with the bodies that the job says."""
     with torch.device(device):
         built = Transformer(args)
     if device == "cpu":
         built.init_weights()
-    apply_kernels(built, kernels or {}, "cpu" if device == "cpu" else "cuda")
+    apply_kernels(built, asdict(job.kernels), "cpu" if device == "cpu" else "cuda")
     if job.activation_checkpoint.mode != "none":
         save = SAVED_OPS | {torch.ops.microtron_test.flex.default}
         apply_ac(built, job.activation_checkpoint, op_sac_save_list=save)
     return built
 
 
-def forward(job, args, device="cpu", dtype=None, kernels=None):
+def forward(job, args, device="cpu", dtype=None):
     """Bytes that a forward of the real model keeps."""
-    built = build(job, args, device, kernels)
+    built = build(job, args, device)
     for parameter in built.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
     shape = (job.training.local_batch_size, job.training.seq_len)
@@ -53,6 +53,7 @@ def forward(job, args, device="cpu", dtype=None, kernels=None):
 
 
 MODES = [f"--activation_checkpoint.mode={m}" for m in ("none", "selective", "full")]
+PLAIN = tuple(f"--kernels.{kernel}=torch" for kernel in KERNELS)
 SHAPES = {
     "moe": (),
     "dense": (DENSE,),
@@ -66,10 +67,14 @@ SHAPES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "64 tokens": ("--training.seq_len=64",),
+    "odd width": ("--model.args.expert_dim=36",),
+    "plain": (*PLAIN, "--model.args.experts_backend=loop", "--model.args.qk_norm=true"),
+    "plain dense": (*PLAIN, DENSE),
 }
 
 
 CASES = [(MODES[0], shape) for shape in SHAPES]
+CASES += [(MODES[1], "odd width")]
 CASES += [
     (mode, shape) for mode in MODES[1:] for shape in ("moe", "dense", "no biases", "gpt2", "llama")
 ]
@@ -222,10 +227,10 @@ def test_activations_under_autocast(flex_stand_in, monkeypatch, shape):
     monkeypatch.setattr(
         F, "rms_norm", lambda x, size, weight, eps: torch.ops.microtron_test.norm(x, weight)[0]
     )
-    job = job_of(BF16, "--model.args.experts_backend=loop", *SHAPES[shape])
+    job = job_of(BF16, *PLAIN, "--model.args.experts_backend=loop", *SHAPES[shape])
     args = resolved_args(job).override({"attn_backend": "flex"})
     plan = replace(plan_of(job, 1, "cuda"), args=args)
     with torch.autocast("cpu", torch.bfloat16):
-        kept = forward(job, args, kernels=dict.fromkeys(KERNELS, "torch"))
+        kept = forward(job, args)
     told = memory_of(plan, 0)
     assert told.activations + told.gathered_weights == pytest.approx(kept, rel=0.05)

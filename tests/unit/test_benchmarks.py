@@ -70,9 +70,23 @@ def test_one_device_wraps_and_compiles_as_it_says(bench, monkeypatch):
         told = one.run_variant(str(toml), given, 1, "wrap" in one.VARIANTS[variant])
         assert set(seen) == ({"compiled", "dp"} if "wrap" in one.VARIANTS[variant] else set())
         assert told["tokens_per_s"] > 0 and 1 < told["loss"] < 10
+        lines = one.table({variant: told, "other": {"failed": "why"}}).splitlines()
+        assert f"{told['tokens_per_s']:,.0f}" in lines[1] and lines[2].endswith("why")
 
 
 def test_the_page_names_every_script():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     named = set(re.findall(r"`(\w+\.py)`", page))
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} <= named
+
+
+def test_a_step_is_compared_with_the_fastest_and_with_the_same_weights(bench):
+    pytest.importorskip("transformers")
+    speeds = {"microtron": 16.0, "microtron (bf16 weights)": 15.0, "transformers (eager)": 7.0}
+    speeds |= {"transformers (grouped_mm)": 8.0, "transformers (eager, bf16 weights)": 10.0}
+    rows = {name: {"median": speed} for name, speed in speeds.items()}
+    found = bench("train_step").compared(rows)
+    assert (found["ours"], found["ratio"]) == ("microtron", 1.6)
+    assert {k: pair["ratio"] for k, pair in found["by_weights"].items()} == {"fp32": 2, "bf16": 1.5}
+    single = bench("train_step").compared({n: rows[n] for n in rows if "bf16" not in n})
+    assert single["ratio"] == 2 and set(single["by_weights"]) == {"fp32"}

@@ -70,6 +70,13 @@ def test_products_go_to_onednn(monkeypatch):
     assert taken == [torch.float32]
 
 
+def test_a_build_without_onednn(monkeypatch):
+    assert all(op.namespace == "mkldnn" for op in cpu_product.onednn_operators())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_product.torch.ops, "mkldnn", None)  # nothing is registered there
+    assert cpu_product.onednn_operators() == set()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 12), (7, 12), (12,), (0, 12)])
 def test_linear_layer(library, shape, bias):
@@ -149,6 +156,16 @@ def test_swiglu(shape, limit):
         lambda x: mlp.swiglu(x, 1.702, limit),
         lambda x: cpu_pointwise.swiglu(x, 1.702, limit),
         leaves,
+    )
+
+
+@pytest.mark.parametrize("x", [[7.0, 1.0, 2.0, 7.0], [1.0, -7.0], [-7.0, 2.0], []], ids=str)
+def test_swiglu_at_its_bounds_and_of_no_rows(x):
+    """bf16 meets a bound exactly now and then; an expert in a loop may have no rows."""
+    compare(
+        lambda x: mlp.swiglu(x, 1.702, 7.0),
+        lambda x: cpu_pointwise.swiglu(x, 1.702, 7.0),
+        [torch.tensor(x).view(-1, 2)],
     )
 
 

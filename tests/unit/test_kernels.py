@@ -104,6 +104,14 @@ def test_every_module_gets_its_body(counted, shape, inside, outside, blocks_comp
     assert list(model.state_dict()) == names  # a checkpoint knows nothing of it
 
 
+def test_experts_apart_from_compiled_blocks(counted):
+    """Expert parallel runs them outside of the graph."""
+    model = build_random(tiny_args(loss_chunk_tokens=1000))
+    kernels.apply_kernels(model, COMPILE, "cpu", blocks_compiled=True, experts_apart=True)
+    step(model)
+    assert sorted(counted) == ["chunk_loss", "rms_norm", "swiglu", "swiglu"]
+
+
 def test_auto_leaves_a_loss_on_shards_alone(counted):
     """Tensor parallel has put its own loss into the head by then."""
     model = build_random(tiny_args())
@@ -247,27 +255,30 @@ def test_liger_reads_gate_and_up_in_their_order(liger):
 
 
 LLAMA_FLAGS = "--model.args.activation=swiglu --model.args.num_experts=0 --model.args.hidden_dim=64"
+GPT2_FLAGS = "--model.flavor=gpt2_124m --training.seq_len=8"
 ZERO_BUBBLE = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
 REFUSED = {  # device, options, what the line says
     "choice": ("cpu", "--kernels.norm=triton", "one of 'auto', 'torch', 'cpu', 'compile', 'liger'"),
     "cpu": ("cpu", "--kernels.norm=liger", "'liger' cannot work: Liger's kernels need CUDA"),
-    "package": ("cuda", "--kernels.rope=liger", "pip install 'microtron[liger]'"),
-    "learned": (
-        "cpu",
-        "--model.flavor=gpt2_124m --training.seq_len=8 --kernels.rope=compile",
-        "rotates nothing",
-    ),
-    "gelu": (
-        "cpu",
-        "--model.flavor=gpt2_124m --training.seq_len=8 --kernels.swiglu=compile",
-        "activation = gelu",
-    ),
-    "operator": ("cpu", "--kernels.swiglu=compile", "SwiGLU within; leave it out"),
-    "layer": (
+    "by hand on cuda": (
         "cuda",
-        "--model.flavor=gpt2_124m --training.seq_len=8 --kernels.norm=liger",
-        "not LayerNorm",
+        "--kernels.norm=cpu",
+        "its bodies are for a CPU; use auto or torch",
     ),
+    "layer by hand": ("cpu", f"{GPT2_FLAGS} --kernels.norm=cpu", "RMSNorm, not LayerNorm"),
+    "plain by hand": ("cpu", f"{LLAMA_FLAGS} --kernels.swiglu=cpu", "there is the clamped one"),
+    "operator by hand": ("cpu", "--kernels.swiglu=cpu", "SwiGLU within; leave it out"),
+    "blocks by hand": ("cpu", "--kernels.rope=cpu --compile.enable", "leave one of the two out"),
+    "tensor by hand": (
+        "cpu",
+        "--kernels.loss=cpu --parallelism.tensor_parallel_degree=2",
+        "under tensor parallelism",
+    ),
+    "package": ("cuda", "--kernels.rope=liger", "pip install 'microtron[liger]'"),
+    "learned": ("cpu", f"{GPT2_FLAGS} --kernels.rope=compile", "rotates nothing"),
+    "gelu": ("cpu", f"{GPT2_FLAGS} --kernels.swiglu=compile", "activation = gelu"),
+    "operator": ("cpu", "--kernels.swiglu=compile", "SwiGLU within; leave it out"),
+    "layer": ("cuda", f"{GPT2_FLAGS} --kernels.norm=liger", "not LayerNorm"),
     "clamps": ("cuda", "--kernels.swiglu=liger", "Liger's has no clamps; use compile"),
     "blocks": ("cuda", "--kernels.norm=liger --compile.enable", "leave one of the two out"),
     "tensor": (
@@ -284,6 +295,11 @@ REFUSED = {  # device, options, what the line says
 TAKEN = {
     "compile": ("cpu", "--kernels.norm=compile --kernels.rope=compile --kernels.loss=compile"),
     "loop": ("cpu", "--kernels.swiglu=compile --model.args.experts_backend=loop"),
+    "by hand": ("cpu", "--kernels.norm=cpu --kernels.rope=cpu --kernels.loss=cpu"),
+    "by hand, split": (
+        "cpu",
+        f"--kernels.norm=cpu --parallelism.pipeline_parallel_degree=2 {ZERO_BUBBLE}",
+    ),
     "dense": ("cpu", f"--kernels.swiglu=compile {LLAMA_FLAGS}"),
     "torch": (
         "cpu",

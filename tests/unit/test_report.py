@@ -39,14 +39,34 @@ def only(section):
     return result, what
 
 
+def test_first_run_is_the_median_of_its_runs(report, write):
+    run = {"total_s": 70.0, "val_bpb": 2.5, "loss_first": 5.5, "data_percent_max": 0.1}
+    write("first_run", {"rows": [run | {"first_step_s": s} for s in (9.0, 6.0, 7.0)]})
+    assert only(report.first_run)[0].startswith("first step after 7 s, done after 70 s, 2.50 bits")
+
+
+def test_loader_and_tokenizers_by_their_medians(report, write):
+    thread = {8: [1e6, 9e6, 5e6], 32: [7e6, 6e6, 8e6]}
+    rows = [{"seq_len": 1024, "positions": False, "thread": t} for t in thread.values()]
+    write("loader", {"rows": [*rows, {**rows[0], "seq_len": 2048, "thread": [9e9]}]})
+    assert only(report.loader)[0] == "up to 7M tokens/s a process"
+    kinds = ("byte", "char", "bpe", "gpt2")
+    told = [{"tokenizer": k, "bytes": 6e6, "cpu_s": [0.1, 3.0, 0.5]} for k in kinds]
+    write("tokenizing", {"rows": [{"what": "tokenize", **row} for row in told]})
+    assert only(report.tokenizing)[0] == "byte 12, char 12, bpe 12, gpt2 12"
+
+
 def train_step(ratio):
     speed = {"microtron": of(2000, 1900, 2100), "transformers (eager)": of(1000)}
-    return {"tokens_per_s": speed, "peer": "transformers (eager)", "ratio": ratio}
+    pair = {"ours": "microtron", "peer": "transformers (eager)", "ratio": ratio}
+    return {"tokens_per_s": speed, **pair, "by_weights": {"fp32": pair}}
 
 
 def test_train_steps_in_the_order_of_size(report, write):
     write("train_step_medium_float32", train_step(2.5), threads=2)
-    write("train_step_tiny_bfloat16", train_step(1.5))
+    half = train_step(1.5)
+    half["by_weights"] |= {"bf16": {}, "fp32": {"ratio": 2.25}}
+    write("train_step_tiny_bfloat16", half)
     write("train_step_tiny_float32", train_step(2.0))
     found = list(report.train_steps())
     assert [what for what, *_ in found] == [
@@ -56,6 +76,9 @@ def test_train_steps_in_the_order_of_size(report, write):
     ]
     assert found[0][1] == (
         "2,000 (1,900 to 2,100) tokens/s, 2.00 times transformers (eager) (1,000)"
+    )
+    assert found[1][1].endswith(
+        "1.50 times transformers (eager) (1,000); both with fp32 weights 2.25"
     )
 
 
