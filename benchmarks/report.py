@@ -129,13 +129,13 @@ def train_steps() -> Iterator[Row]:
             if (RESULTS / f"train_step_{shape}_{dtype}.json").is_file():
                 result, found = load(f"train_step_{shape}_{dtype}"), True
                 speed, by_weights = result["tokens_per_s"], result["by_weights"]
-                alike = f"; both with fp32 weights {by_weights['fp32']['ratio']:.2f}"
+                alike = ""
+                if len(by_weights) > 1:
+                    alike = f"; both with fp32 weights {by_weights['fp32']['ratio']:.2f}"
                 yield (
                     f"training step, `{shape}` shape, {short}, {threads(result)}",
                     f"{spread(speed[result['ours']])} tokens/s, {result['ratio']:.2f} times "
-                    f"{result['peer']} ({speed[result['peer']]['median']:,.0f})"
-                    + alike
-                    * (len(by_weights) > 1),
+                    f"{result['peer']} ({speed[result['peer']]['median']:,.0f}){alike}",
                     "train_step.py",
                 )
     if not found:
