@@ -3,6 +3,7 @@ its step.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,23 @@ class GroupedOptimizers(OptimizersContainer):
         self.optimizers = [ALGORITHMS[config.name](g, **options) for g in groups]
         self._validate_length(len(model_parts))
         self._post_init([p for part in model_parts for p in part.parameters()], options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and moments by parameter, without the options: those are this run's own.
+
+        torch flattens the options of a group (rate, betas, ...) into an entry for each parameter,
+        and DCP makes an archive of each: most of a save's time where the model is small.
+        """
+        return {k: v for k, v in super().state_dict().items() if not _is_option(k)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes steps and moments; options that older steps carry are not looked at."""
+        own = {k: v for k, v in super().state_dict().items() if _is_option(k)}
+        super().load_state_dict({**state_dict, **own})
+
+
+def _is_option(key: str) -> bool:
+    return key.startswith("param_groups.")
 
 
 def build_optimizers(

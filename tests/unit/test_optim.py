@@ -1,10 +1,15 @@
 """The table of parameter groups, and the balancing of experts."""
 
+from microtron.accelerator import DEVICE_TYPE  # noqa: F401  (before torchtitan)
+
 import pytest
 import torch
 from helpers import GPT2, build, tiny_args, tokens_of
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import Optimizer as OptimizerConfig
 
 from microtron.optim.balance import ExpertBalance
+from microtron.optim.build import GroupedOptimizers
 from microtron.optim.groups import RULES, parameter_groups
 
 SHAPES = {"gpt-oss": {"qk_norm": True}, "gpt2": GPT2 | {"tie_embeddings": False}}
@@ -37,6 +42,46 @@ def test_an_unknown_parameter_is_an_error():
     model.surprise = torch.nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="claims the parameter surprise"):
         parameter_groups(model, lr=1.0, weight_decay=0.1)
+
+
+def stepped(**options):
+    """Optimizers of a tiny model after one step, and the model."""
+    model = build(tiny_args())
+    config = OptimizerConfig(implementation="for-loop", **options)
+    config.decay_embeddings = False
+    optimizers = GroupedOptimizers([model], config)
+    tokens = tokens_of(tiny_args(), batch=2, seq_len=8)
+    (model(tokens, labels=tokens) / tokens.numel()).backward()
+    optimizers.step()
+    return optimizers, model
+
+
+def test_a_saved_state_is_steps_and_moments_of_every_parameter():
+    optimizers, model = stepped()
+    names = [name for name, _ in model.named_parameters()]
+    parts = ("step", "exp_avg", "exp_avg_sq")
+    assert set(optimizers.state_dict()) == {f"state.{n}.{p}" for n in names for p in parts}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["ours", "with torch's options"])
+def test_loading_a_state_keeps_this_runs_options(older):
+    saved, model = stepped(lr=1e-3, weight_decay=0.3, beta2=0.9)
+    state = OptimizersContainer.state_dict(saved) if older else saved.state_dict()
+    assert older == ("param_groups.norm.weight.lr" in state)
+    other, its_model = stepped(lr=2e-4, weight_decay=0.2, beta2=0.95, eps=1e-6)
+    before = [
+        {k: v for k, v in g.items() if k != "params"} for g in other.optimizers[0].param_groups
+    ]
+    for values in other.optimizers[0].state.values():
+        values["exp_avg"].fill_(7)
+    other.load_state_dict(state)
+    after = [
+        {k: v for k, v in g.items() if k != "params"} for g in other.optimizers[0].param_groups
+    ]
+    assert after == before
+    for theirs, ours in zip(model.parameters(), its_model.parameters(), strict=True):
+        for key, value in saved.optimizers[0].state[theirs].items():
+            torch.testing.assert_close(other.optimizers[0].state[ours][key], value, rtol=0, atol=0)
 
 
 def steps(mode, count=40, **overrides):
