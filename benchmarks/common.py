@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import socket
 import statistics
 import subprocess
@@ -64,15 +65,19 @@ def commit() -> str:
 def interleave(
     candidates: dict[str, Callable[[], None]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, candidates taking turns so that a slow minute hits them all."""
+    """Seconds of each call, candidates taking turns so that a slow minute hits them all.
+
+    Each round has another order: nobody always pays for what one other leaves behind.
+    """
     for _ in range(warmup):
         for call in candidates.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    chance = random.Random(0)
     for _ in range(repeats):
-        for name, call in candidates.items():
+        for name in chance.sample(list(candidates), len(candidates)):
             began = time.perf_counter()
-            call()
+            candidates[name]()
             seconds[name].append(time.perf_counter() - began)
     return seconds
 

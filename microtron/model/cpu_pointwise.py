@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from microtron.model import head
 
-_ROWS = 256  # of a few I numbers each
+PART = 2**17  # numbers: a few tensors of as many stay in the cache
 _LOG2E = 1.4426950408889634
+_Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -83,37 +84,54 @@ def sides_of(interleaved: torch.Tensor) -> torch.Tensor:
 
 def interleave(sides: torch.Tensor, out: torch.Tensor) -> None:
     """The reverse, into ``out``."""
-    out.unflatten(-1, (-1, 2)).copy_(sides.unflatten(-1, (2, -1)).transpose(-1, -2))
+    out[..., ::2], out[..., 1::2] = sides.chunk(2, -1)
 
 
 def activation(sides: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     """gate and up before clamping, side by side: [N, 2 I] -> act [N, I]."""
-    return _activation(sides, alpha, limit)[0]
-
-
-def _activation(sides: torch.Tensor, alpha: float, limit: float) -> tuple[torch.Tensor, ...]:
-    """act, silu(alpha g') / alpha, alpha g', u': all [N, I]."""
-    gate, up = sides.chunk(2, -1)
-    scaled, up = gate.clamp(max=limit).mul_(alpha), up.clamp(-limit, limit)
-    swish = F.silu(scaled).mul_(1 / alpha)
-    return torch.addcmul(swish, swish, up), swish, scaled, up
+    swish, _, up = _factors(*sides.chunk(2, -1), alpha, limit)
+    return torch.addcmul(swish, swish, up)
 
 
 def activation_gradient(
     grad: torch.Tensor, sides: torch.Tensor, alpha: float, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """act again [N, I], and the gradients of gate and up side by side [N, 2 I] if act's is grad."""
-    act, swish, scaled, up = _activation(sides, alpha, limit)
-    out = torch.empty_like(sides)
+    gate, up = sides.chunk(2, -1)
+    factors, out = _factors(gate, up, alpha, limit), torch.empty_like(sides)
     d_gate, d_up = out.chunk(2, -1)
+    _gradients(grad, factors, d_gate, d_up)
+    if _beyond(limit, sides):
+        _zero_beyond(limit, gate, up, d_gate, d_up)
+    return torch.addcmul(factors[0], factors[0], factors[2]), out
+
+
+def _factors(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> _Three:
+    """silu(alpha g') / alpha, alpha g', u' of clamped gate and up: [N, I] each."""
+    scaled, up = gate.clamp(max=limit).mul_(alpha), up.clamp(-limit, limit)
+    return F.silu(scaled).mul_(1 / alpha), scaled, up
+
+
+def _gradients(
+    grad: torch.Tensor, factors: _Three, d_gate: torch.Tensor, d_up: torch.Tensor
+) -> None:
+    """Into ``d_gate`` and ``d_up``, as if nothing had been clamped."""
+    swish, scaled, up = factors
     torch.mul(grad, swish, out=d_up)
     torch.ops.aten.silu_backward(torch.addcmul(grad, grad, up), scaled, grad_input=d_gate)
-    # An expert may have no rows, of which there is no maximum.
-    if sides.numel() and max(abs(x.item()) for x in torch.aminmax(sides)) >= limit:
-        gate, up = sides.chunk(2, -1)
-        d_gate.mul_(gate.clone().lt_(limit))  # numbers: booleans multiply slowly
-        d_up.mul_(up.abs().lt_(limit))
-    return act, out
+
+
+def _beyond(limit: float, *tensors: torch.Tensor) -> bool:
+    """Whether anything was clamped: seldom, and to look costs less than to multiply."""
+    some = (t for t in tensors if t.numel())  # an expert may have no rows, so no maximum
+    return any(abs(x.item()) >= limit for t in some for x in torch.aminmax(t))
+
+
+def _zero_beyond(
+    limit: float, gate: torch.Tensor, up: torch.Tensor, d_gate: torch.Tensor, d_up: torch.Tensor
+) -> None:
+    d_gate.mul_(gate.clone().lt_(limit))  # numbers: booleans multiply slowly
+    d_up.mul_(up.abs().lt_(limit))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -121,19 +139,29 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up, alpha, limit):  # noqa: ANN001, ANN205
-        ctx.save_for_backward(gate_up)
-        ctx.constants = (alpha, limit)
-        parts = (activation(sides_of(part), alpha, limit) for part in gate_up.split(_ROWS))
-        return torch.cat(list(parts))
+        gate, up = gate_up[:, ::2].contiguous(), gate_up[:, 1::2].contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.constants, ctx.rows = (alpha, limit), max(1, PART // max(1, gate.shape[1]))
+        out = torch.empty_like(gate)
+        parts = (x.split(ctx.rows) for x in (gate, up, out))
+        for g, u, into in zip(*parts, strict=True):
+            swish, _, u = _factors(g, u, alpha, limit)
+            torch.addcmul(swish, swish, u, out=into)
+        return out
 
     @staticmethod
     def backward(ctx, grad):  # noqa: ANN001, ANN205
-        (gate_up,) = ctx.saved_tensors
-        out = torch.empty_like(gate_up)
-        parts = zip(grad.split(_ROWS), gate_up.split(_ROWS), out.split(_ROWS), strict=True)
-        for given, part, into in parts:
-            sides = sides_of(part)
-            interleave(activation_gradient(given, sides, *ctx.constants)[1], into)
+        gate, up = ctx.saved_tensors
+        limit = ctx.constants[1]
+        out = gate.new_empty(gate.shape[0], 2 * gate.shape[1])
+        clamped = _beyond(limit, gate, up)
+        parts = (x.split(ctx.rows) for x in (grad, gate, up, out))
+        for given, g, u, into in zip(*parts, strict=True):
+            d_gate, d_up = torch.empty_like(g), torch.empty_like(u)
+            _gradients(given, _factors(g, u, *ctx.constants), d_gate, d_up)
+            if clamped:
+                _zero_beyond(limit, g, u, d_gate, d_up)
+            into[:, ::2], into[:, 1::2] = d_gate, d_up
         return out, None, None
 
 

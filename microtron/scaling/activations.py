@@ -14,6 +14,7 @@ backward, so there only what goes into and comes out of products is counted.
 """
 
 from microtron.model.attention_core import resolve_backend
+from microtron.model.cpu_pointwise import PART
 from microtron.model.cpu_product import has_onednn
 from microtron.scaling.plan import Plan, Stage
 
@@ -46,12 +47,14 @@ def mode_of(plan: Plan, position: int) -> str:
 
 def recomputed_bytes(plan: Plan, position: int, layer: int) -> int:
     """What backward makes of one block (the n-th of its stage), while it passes it: all that it
-    computes again, and the gradients around a SwiGLU by hand.
+    computes again, and the gradients around a SwiGLU by hand with what a part of it takes.
     """
     mode, args = mode_of(plan, position), plan.args
     gradients = 0
     if not args.moe and _swiglu_by_hand(plan):
-        gradients = 3 * plan.width * plan.tokens * args.hidden_dim // plan.layout.tp
+        numbers = plan.tokens * args.hidden_dim // plan.layout.tp
+        parts = 4 * min(numbers, PART)  # of six, two are where `down` has let go of its input
+        gradients = plan.width * (3 * numbers + parts)
     if mode == "none":
         return gradients
     kept = selective_bytes(plan, layer) if mode == "selective" else 0

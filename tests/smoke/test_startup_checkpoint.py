@@ -174,9 +174,16 @@ def test_plain_files_are_as_long_as_asked(bench, tmp_path):
 
 
 def test_the_first_of_each_is_not_kept(bench):
-    said = iter(range(100))
-    found = bench("checkpoint").in_turn({"a": lambda: next(said), "b": lambda: next(said)}, 2)
-    assert found == {"a": [2, 4], "b": [3, 5]}
+    said = {"a": iter(range(9)), "b": iter(range(10, 19))}
+    found = bench("checkpoint").in_turn({n: lambda i=i: next(i) for n, i in said.items()}, 2)
+    assert found == {"a": [1, 2], "b": [11, 12]}
+
+
+def test_turns_are_taken_in_another_order_each_round(bench):
+    said = []
+    bench("common").interleave({n: lambda n=n: said.append(n) for n in "abc"}, 20, warmup=0)
+    rounds = {"".join(said[i : i + 3]) for i in range(0, 60, 3)}
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(rounds) > 3
 
 
 @pytest.mark.parametrize("parameters", [1_000_000, 20_000_000, 150_000_000])

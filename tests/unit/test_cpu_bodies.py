@@ -148,8 +148,9 @@ def test_rotation(dtype):
 
 @pytest.mark.parametrize("limit", [1.0, 50.0], ids=["clamped", "free"])
 @pytest.mark.parametrize("shape", [(2, 5, 16), (1, 700, 8)])
-def test_swiglu(shape, limit):
-    """In rows of one part and of two; with values out of bounds and without."""
+def test_swiglu(monkeypatch, shape, limit):
+    """In rows of one part and of three; with values out of bounds and without."""
+    monkeypatch.setattr(cpu_pointwise, "PART", 1000)
     leaves = [2 * seeded(*shape)]
     assert (leaves[0].abs().max() > 1) and leaves[0].abs().max() < 50
     compare(
