@@ -235,7 +235,11 @@ def checkpoint() -> Iterator[Row]:
         for what in ("save", "load")
         for name, row in result[what].items()
     }
-    share = ", ".join(f"{m} {s:.2f}%" for m, s in result["percent_of_step_time"].items())
+    plain = {"disabled": "synchronous"}  # what checkpoint.async_mode calls it
+    share = ", ".join(
+        f"{plain.get(mode, mode)} {percent:.2f}%"
+        for mode, percent in result["percent_of_step_time"].items()
+    )
     yield (
         f"checkpoint, {result['parameters'] / 1e6:.0f}M parameters, {result['bytes'] / 1e9:.2f} GB",
         f"saved at {rate['save', 'microtron']:.2f} GB/s to the disk (torch.save "
@@ -243,7 +247,7 @@ def checkpoint() -> Iterator[Row]:
         f"{rate['save', 'plain write, fsync']:.2f}), loaded at "
         f"{rate['load', 'microtron, page cache']:.2f} from the page cache (torch.load "
         f"{rate['load', 'torch.load, page cache']:.2f}); a save every {result['interval']:,} "
-        f"steps costs of the time: {share}",
+        f"steps adds to the time: {share}",
         "checkpoint.py",
     )
 
@@ -309,16 +313,19 @@ def compiled() -> Iterator[Row]:
     for result in found:
         rows = {name: row for name, row in result["variants"].items() if "failed" not in row}
         base = rows["eager"]["tokens_per_s"]
-        told = [f"eager {base:,.0f} tokens/s"]
-        told += [
-            f"{name} {row['tokens_per_s'] / base:.2f} times that, first step "
-            f"{row['compile_s']['median']:.0f} s longer, {sum(row['graph_breaks'].values())} "
-            "graph breaks"
+        told = [
+            f"{name} {row['tokens_per_s'] / base:.2f} (+{row['compile_s']['median']:.0f} s, "
+            f"{sum(row['graph_breaks'].values())})"
             for name, row in rows.items()
             if name != "eager"
         ]
         what = f"`torch.compile`, `{Path(result['toml']).stem}`, {result['device']}"
-        yield what, "; ".join(told), "compile.py"
+        yield (
+            what,
+            f"eager {base:,.0f} tokens/s; times that (longer first step, graph breaks): "
+            + ", ".join(told),
+            "compile.py",
+        )
 
 
 SECTIONS: tuple[Callable[[], Iterator[Row]], ...] = (

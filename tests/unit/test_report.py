@@ -191,7 +191,7 @@ def test_compiled(report, write):
     result, what = only(report.compiled)
     assert what == "`torch.compile`, `gpt`, NVIDIA H200"
     assert result == (
-        "eager 1,000 tokens/s; blocks 1.50 times that, first step 10 s longer, 3 graph breaks"
+        "eager 1,000 tokens/s; times that (longer first step, graph breaks): blocks 1.50 (+10 s, 3)"
     )
 
 
@@ -208,7 +208,7 @@ def test_checkpoint(report, write):
     assert what == "checkpoint, 150M parameters, 1.80 GB"
     assert "saved at 1.50 GB/s to the disk (torch.save 1.20, plain write 2.00)" in result
     assert "loaded at 3.00 from the page cache (torch.load 2.50); a save every 1,000" in result
-    assert result.endswith("disabled 0.50%, async 0.10%")
+    assert result.endswith("adds to the time: synchronous 0.50%, async 0.10%")
 
 
 def test_what_is_missing_or_older_is_left_out_and_told(report, write, capsys):
