@@ -147,7 +147,7 @@ def moe_vs_dense() -> Iterator[Row]:
     result = load("moe_vs_dense")
     shape, twins, ends = result["plan"]["shape"], result["twins"], result["ends"]
     bits = {arm: spread(end["val_bpb"], 3) for arm, end in ends.items()}
-    tokens = {arm: ends[arm]["tokens"]["median"] for arm in ("moe", "dense_longer")}
+    tokens, seconds = ({a: e[w]["median"] for a, e in ends.items()} for w in ("tokens", "seconds"))
     since = {axis: in_words(found, axis) for axis, found in result["compared"].items()}
     pairs = " (two runs at a time)" * bool(result["cores"])
     yield (
@@ -155,10 +155,10 @@ def moe_vs_dense() -> Iterator[Row]:
         f"equal FLOPs a token, {result['plan']['seeds']} seeds, {threads(result)}{pairs}",
         f"{twins['moe']['parameters'] / 1e6:.2f}M parameters against "
         f"{twins['dense']['parameters'] / 1e6:.2f}M; after {tokens['moe'] / 1e6:.1f}M tokens each "
-        f"{bits['moe']} against {bits['dense']} bits per byte; after "
-        f"{ends['moe']['seconds']['median']:.0f} s each, in which the twin sees "
-        f"{tokens['dense_longer'] / tokens['moe']:.2f} times the tokens, against "
-        f"{bits['dense_longer']}. Over seconds: {since['seconds']}. "
+        f"{bits['moe']} against {bits['dense']} bits per byte, in "
+        f"{seconds['moe']:.0f} s against {seconds['dense']:.0f}; the twin with "
+        f"{tokens['dense_longer'] / tokens['moe']:.2f} times the tokens {bits['dense_longer']} in "
+        f"{seconds['dense_longer']:.0f} s. Over seconds: {since['seconds']}. "
         f"Over FLOPs: {since['flops']}",
         "moe_vs_dense.py",
     )
