@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -186,7 +187,9 @@ def test_others_run_when_a_layout_cannot(truths):
 )
 def test_nothing_is_left_behind(number, code):
     argv = [sys.executable, "-m", "microtron.cli", "certify", "--only", "tp4"]
-    run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background not
+    run = subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeding)
     try:
         parent, end = psutil.Process(run.pid), time.monotonic() + 150
         while len(family := parent.children(recursive=True)) < 6:  # two servers, four ranks
