@@ -86,7 +86,7 @@ def _sink_as_key(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q with the feature sink/scale, k and v with one more slot in front that answers to it."""
     batch, _, heads, width = q.shape
-    rows = q.shape[1] + dummy_query
+    rows = q.shape[1] + int(dummy_query)  # sympy, behind shapes that vary, adds no booleans
     feature = (sinks / scale).to(q.dtype).view(1, 1, heads, 1).expand(batch, rows, heads, 1)
     q = F.pad(q, (0, 0, 0, 0, int(dummy_query), 0))
     q = torch.cat((q, feature, q.new_zeros(1).expand(batch, rows, heads, _PAD - 1)), dim=-1)

@@ -290,6 +290,19 @@ def test_nothing_is_counted_outside_training():
     assert all(counts.sum() == 0 for counts in counted(model))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "blocked"])
+def test_a_compiled_block_takes_other_batches_and_lengths(backend):
+    """The compiler then has symbols for sizes, with which not all arithmetic works."""
+    torch._dynamo.reset()
+    model = build_random(tiny_args(attn_backend=backend, experts_backend="grouped_mm"))
+    shapes = [(2, 16), (3, 16), (3, 24), (5, 32)]
+    tokens = [tokens_of(model.model_args, batch=b, seq_len=s) for b, s in shapes]
+    expected = [float(model(t, labels=t)) for t in tokens]
+    for layer in model.layers.values():
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert [float(model(t, labels=t)) for t in tokens] == pytest.approx(expected, rel=1e-5)
+
+
 def test_block_compiles_without_a_graph_break():
     """The operator is one opaque call, so changing counts neither break nor recompile the graph."""
     args = tiny_args(attn_backend="sdpa", experts_backend="grouped_mm", load_balance="aux_loss")
