@@ -26,6 +26,7 @@ begun: hence one micro-batch a step.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,8 +77,11 @@ def seen_by_the_compiler() -> dict[str, object]:
 
 
 def in_a_line(text: object) -> str:
-    """An error or a reason, without its later parts."""
-    return " ".join(str(text).split())[:300]
+    """An error or a reason, without its stack, its later parts, and where this machine keeps code:
+    the compiler cuts long paths off in front.
+    """
+    told = " ".join(str(text).partition("User stack trace")[0].split())
+    return re.sub(r"[^\s\"']*/(?=(microtron|torch|torchtitan|transformers)/)", "", told)[:300]
 
 
 def run_variant(variant: str, argv: list[str], steps: int) -> dict[str, object]:

@@ -152,8 +152,8 @@ def _backward(
             d_bias += d_sides.sum(0)
             d_taken = product(d_sides, weight.t())[:count]
             dx.index_add_(0, index[rows], d_taken.to(dx.dtype))
-        interleave(d_weight, d_gate_up[expert])
-        interleave(d_bias, d_gate_up_bias[expert])
+        interleave(*d_weight.chunk(2, -1), d_gate_up[expert])
+        interleave(*d_bias.chunk(2, -1), d_gate_up_bias[expert])
     return dx.to(x.dtype), d_scale, d_gate_up, d_gate_up_bias, d_down, d_down_bias
 
 

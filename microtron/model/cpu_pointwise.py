@@ -14,7 +14,7 @@ one pass each.
 import torch
 import torch.nn.functional as F
 
-from microtron.model import head
+from microtron.model import head, mlp
 
 PART = 2**17  # numbers: a few tensors of as many stay in the cache
 _LOG2E = 1.4426950408889634
@@ -82,9 +82,9 @@ def sides_of(interleaved: torch.Tensor) -> torch.Tensor:
     return torch.cat((interleaved[..., ::2], interleaved[..., 1::2]), -1)
 
 
-def interleave(sides: torch.Tensor, out: torch.Tensor) -> None:
+def interleave(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
     """The reverse, into ``out``."""
-    out[..., ::2], out[..., 1::2] = sides.chunk(2, -1)
+    out[..., ::2], out[..., 1::2] = gate, up
 
 
 def activation(sides: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -139,7 +139,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up, alpha, limit):  # noqa: ANN001, ANN205
-        gate, up = gate_up[:, ::2].contiguous(), gate_up[:, 1::2].contiguous()
+        gate, up = mlp.deinterleave(gate_up)
         ctx.save_for_backward(gate, up)
         ctx.constants, ctx.rows = (alpha, limit), max(1, PART // max(1, gate.shape[1]))
         out = torch.empty_like(gate)
@@ -161,7 +161,7 @@ class _SwiGLU(torch.autograd.Function):
             _gradients(given, _factors(g, u, *ctx.constants), d_gate, d_up)
             if clamped:
                 _zero_beyond(limit, g, u, d_gate, d_up)
-            into[:, ::2], into[:, 1::2] = d_gate, d_up
+            interleave(d_gate, d_up, into)
         return out, None, None
 
 

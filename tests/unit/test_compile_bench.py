@@ -74,6 +74,15 @@ def test_breaks_and_recompilations_are_seen(bench, fresh):
     assert "size" in why
 
 
+def test_reasons_tell_no_places_of_this_machine(bench):
+    why = """0/0: mask == 64  # in a: # me/ann/microtron/microtron/model/core.py:138 in blocked
+    User stack trace: File "/home/ann/x.py", line 1"""
+    assert bench.in_a_line(why) == (
+        "0/0: mask == 64 # in a: # microtron/model/core.py:138 in blocked"
+    )
+    assert bench.in_a_line('at "/home/ann/lib/torch/nn/f.py"') == 'at "torch/nn/f.py"'
+
+
 TINY = [
     f"--job.config_file={BENCHMARKS.parent}/train_configs/debug.toml",
     "--model.args.dim=32",
